@@ -1,0 +1,48 @@
+# make repro   fine-tune a real language model through 4 bits, measure it, write a report
+# make test    the whole test suite
+# make lint    style and format
+# make bench   time what this machine can run, against what is installed
+#
+# Each makes .venv first. PYTHON=python3.12 chooses the interpreter it is made with.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help repro test gpu-test lint format bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras: installed again only when what it depends on has changed.
+$(VENV)/.%: $(BIN)/python setup.py constraints.txt
+	@echo "Installing into $(VENV) with the extra [$*] (torch is large: minutes on a slow line) ..."
+	$(PIP) -e ".[$*]"
+	@touch $@
+
+repro: $(VENV)/.repro
+	$(BIN)/python -m paper_repro
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+gpu-test: $(VENV)/.test
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,204 @@
+"""The number formats: 4-bit codebooks for weights, 8-bit codebooks for scales, and how both are packed.
+
+This is the only place that knows a codebook, the nibble order or a block size. Every backend (the
+reference, the CPU path, the Triton kernels) encodes by the same rule, which the formats make explicit:
+
+    rank = number of thresholds strictly below the normalized value      (so a tie takes the lower value)
+    code = rank_to_code[rank]
+    value = values[code]
+
+where the thresholds are the fp32 midpoints between neighbouring values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Weights that share one absmax. The QLoRA paper uses 64 (section 3)."""
+
+NESTED_BLOCKSIZE = 256
+"""Scales that share one second-level absmax (QLoRA, section 3, "Double Quantization")."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A 4-bit data type: 16 values in [-1, 1], indexed by code.
+
+    A byte holds two codes, the element with the even index in its high nibble. Values that occur twice
+    (the signed zeros of the floating-point formats) are encoded with the lower code only.
+    """
+
+    name: str
+    values: tuple[float, ...]
+
+    @property
+    def thresholds(self) -> Tensor:
+        """fp32 [15]: midpoints of neighbouring values, ascending, padded with +inf if a value repeats."""
+        values = torch.tensor([value for value, _ in self._ranked()], dtype=torch.float32)
+        padding = torch.full((16 - len(values),), torch.inf)
+        return torch.cat([(values[:-1] + values[1:]) / 2, padding])
+
+    @property
+    def rank_to_code(self) -> tuple[int, ...]:
+        """The code of each value in ascending order (16 entries; the last repeats where a value does)."""
+        codes = [code for _, code in self._ranked()]
+        return tuple(codes + codes[-1:] * (16 - len(codes)))
+
+    def _ranked(self) -> list[tuple[float, int]]:
+        """(value, lowest code of that value), ascending."""
+        lowest_code: dict[float, int] = {}
+        for code, value in enumerate(self.values):
+            lowest_code.setdefault(value, code)
+        return sorted(lowest_code.items())
+
+
+@dataclass(frozen=True)
+class ScaleFormat:
+    """An 8-bit data type for double-quantized scales: 256 ascending values in [-1, 1].
+
+    A code is the rank of its value, so `thresholds` alone encode. A format with fewer distinct values
+    repeats its largest one; the repeats are never produced.
+    """
+
+    name: str
+    values: tuple[float, ...]
+
+    @property
+    def thresholds(self) -> Tensor:
+        """fp32 [255]: midpoints of neighbouring values, ascending, +inf between repeated values."""
+        values = torch.tensor(self.values, dtype=torch.float32)
+        midpoints = (values[:-1] + values[1:]) / 2
+        return torch.where(values[1:] > values[:-1], midpoints, torch.inf)
+
+
+def _signed(magnitudes: list[float]) -> tuple[float, ...]:
+    """Codes with a sign bit on top: the eight magnitudes, then the same ones negated."""
+    return tuple(magnitudes) + tuple(-m for m in magnitudes)
+
+
+def _dynamic_map() -> tuple[float, ...]:
+    """The signed dynamic 8-bit map (Dettmers et al. 2022, "8-bit Optimizers", section 2.1).
+
+    The number of leading zero bits chooses a decade, the remaining bits a linear fraction of it: decade
+    10^(i-6) holds the midpoints of 2^i equal parts of [0.1, 1]. Zero and one complete the map.
+    """
+    magnitudes = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        magnitudes += ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)).tolist()
+    return tuple(sorted([-m for m in magnitudes] + [0.0] + magnitudes + [1.0]))
+
+
+def _e4m3_map() -> tuple[float, ...]:
+    """The finite values of the 8-bit float e4m3 (Micikevicius et al. 2022), divided by the largest."""
+    bits = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    finite = torch.unique(bits[bits.isfinite()]) / 448 + 0.0  # the sum turns -0 into +0
+    return tuple(finite.tolist() + [1.0] * (256 - len(finite)))
+
+
+_NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+FORMATS: dict[str, Format] = {
+    fmt.name: fmt
+    for fmt in (
+        # QLoRA, Appendix E: the quantiles of a normal distribution, with an exact zero.
+        Format("nf4", _NF4_VALUES),
+        # bitsandbytes' FP4: an E2M1 whose subnormal is 1/192 of the largest value in place of 1/12.
+        Format("fp4", _signed([v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)])),
+        # E2M1 as in the OCP microscaling specification, divided by its largest value 6.
+        Format("e2m1", _signed([v / 6 for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)])),
+        # Three exponent bits, no mantissa; the smallest exponent encodes zero.
+        Format("e3m0", _signed([0.0] + [2.0 ** (e - 7) for e in range(1, 8)])),
+        # Symmetric integers in two's complement; -8 decodes but is never produced.
+        Format("int4", tuple((code - 16 * (code > 7)) / 7 for code in range(16))),
+    )
+}
+"""4-bit data types by name."""
+
+SCALE_FORMATS: dict[str, ScaleFormat] = {
+    fmt.name: fmt
+    for fmt in (ScaleFormat("dynamic8", _dynamic_map()), ScaleFormat("e4m3", _e4m3_map()))
+}
+"""8-bit data types for double quantization by name."""
+
+
+def check_format(format: str) -> None:
+    """Raise ValueError unless `format` names a 4-bit data type."""
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+
+
+def check_scale_format(scale_format: str) -> None:
+    """Raise ValueError unless `scale_format` names an 8-bit data type."""
+    if scale_format not in SCALE_FORMATS:
+        allowed = ", ".join(SCALE_FORMATS)
+        raise ValueError(f"scale_format must be one of {allowed}; got {scale_format!r}")
+
+
+def check_blocksize(blocksize: int) -> None:
+    """Raise ValueError unless `blocksize` is a power of two from 32 to 4096."""
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {BLOCKSIZES}; got {blocksize!r}")
+
+
+def packed_bytes(numel: int) -> int:
+    """Bytes that hold `numel` 4-bit codes: two a byte, an odd count rounded up."""
+    return (numel + 1) // 2
+
+
+def num_blocks(numel: int, blocksize: int) -> int:
+    """Blocks over the flattened tensor; the last may be short."""
+    return (numel + blocksize - 1) // blocksize
+
+
+# Codebooks are needed on every call and never change, so each device gets one copy.
+@lru_cache(maxsize=None)
+def codebook(format: str, device: torch.device) -> Tensor:
+    """fp32 [16]: the value of each code."""
+    return torch.tensor(FORMATS[format].values, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=None)
+def thresholds(format: str, device: torch.device) -> Tensor:
+    """fp32 [15]: see `Format.thresholds`."""
+    return FORMATS[format].thresholds.to(device)
+
+
+@lru_cache(maxsize=None)
+def rank_to_code(format: str, device: torch.device) -> Tensor:
+    """uint8 [16]: see `Format.rank_to_code`."""
+    return torch.tensor(FORMATS[format].rank_to_code, dtype=torch.uint8, device=device)
+
+
+@lru_cache(maxsize=None)
+def scale_codebook(scale_format: str, device: torch.device) -> Tensor:
+    """fp32 [256]: the value of each scale code."""
+    return torch.tensor(SCALE_FORMATS[scale_format].values, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=None)
+def scale_thresholds(scale_format: str, device: torch.device) -> Tensor:
+    """fp32 [255]: see `ScaleFormat.thresholds`."""
+    return SCALE_FORMATS[scale_format].thresholds.to(device)

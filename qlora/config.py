@@ -1,0 +1,64 @@
+"""`QLoRAConfig`: what is quantized how, and which layers get an adapter of which size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora.kernels import formats
+
+ALL_LINEAR = "all-linear"
+
+_MAX_RANK = 256
+
+
+@dataclass(frozen=True)
+class QLoRAConfig:
+    """Settings of `quantize_model` and of each layer. The defaults are the QLoRA paper's.
+
+    Attributes:
+        rank: r, the inner dimension of the adapter's factors, 1 to 256.
+        alpha: the adapter's output is scaled by alpha / rank.
+        dropout: probability that an element of the adapter's input is dropped in training, in [0, 1).
+        target_modules: the linear layers that get an adapter: "all-linear", a sequence of names (a layer
+            matches by its full name or the end of it after a dot, as "q_proj" or "attn.q_proj"), or a
+            regular expression that matches full names. Layers without an adapter are quantized all the same.
+        format: the 4-bit data type of the base: "nf4", "fp4", "e2m1", "e3m0", "int4"; or None to leave the
+            base dense: plain LoRA, the 16-bit baseline of the papers.
+        blocksize: weights that share a scale, a power of two from 32 to 4096.
+        double_quant: store the scales in 8 bits.
+        scale_format: the data type of double-quantized scales: "dynamic8" or "e4m3".
+
+    Raises:
+        ValueError: a value is not one of the allowed; the message names it.
+    """
+
+    rank: int = 64
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    format: str | None = "nf4"
+    blocksize: int = 64
+    double_quant: bool = True
+    scale_format: str = "dynamic8"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= _MAX_RANK:
+            raise ValueError(f"rank must be from 1 to {_MAX_RANK}; got {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive; got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1; got {self.dropout}")
+        if not self.target_modules:
+            raise ValueError(
+                f"target_modules must name at least one layer; got {self.target_modules!r}"
+            )
+        if self.format is not None:
+            formats.check_format(self.format)
+        formats.check_blocksize(self.blocksize)
+        formats.check_scale_format(self.scale_format)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the adapter's output, alpha / rank (LoRA, section 4.1)."""
+        return self.alpha / self.rank

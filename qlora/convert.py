@@ -1,0 +1,195 @@
+"""`quantize_model`: replace the linear layers of any model by quantized ones with adapters, in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from qlora.config import ALL_LINEAR, QLoRAConfig
+from qlora.modules import LoRALayer, LoRALinear, QLoRALinear, is_conv1d
+from qlora.quantized import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize_model` did; `print` it.
+
+    Attributes:
+        quantized: names of the layers that hold 4-bit weights now.
+        adapted: names of the layers that got an adapter.
+        left_alone: names of the linear layers that stay as they were (output embeddings, tied weights).
+        quantized_parameters: weights held in 4 bits.
+        quantized_bytes: the bytes that these weights and their scales take.
+        trainable_parameters: the adapters' parameters.
+        bytes_before, bytes_after: all parameters and buffers of the model, adapters included.
+    """
+
+    quantized: tuple[str, ...]
+    adapted: tuple[str, ...]
+    left_alone: tuple[str, ...]
+    quantized_parameters: int
+    quantized_bytes: int
+    trainable_parameters: int
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Mean over the quantized weights; 0 if there are none."""
+        return 8 * self.quantized_bytes / max(self.quantized_parameters, 1)
+
+    def __str__(self) -> str:
+        rows = [
+            ("quantized layers", f"{len(self.quantized):,}"),
+            ("quantized parameters", f"{self.quantized_parameters:,}"),
+            ("bits per parameter", f"{self.bits_per_parameter:.3f}"),
+            ("layers with an adapter", f"{len(self.adapted):,}"),
+            ("trainable parameters", f"{self.trainable_parameters:,}"),
+            ("linear layers left alone", ", ".join(self.left_alone) or "none"),
+            ("bytes before", _bytes(self.bytes_before)),
+            ("bytes after", _bytes(self.bytes_after)),
+        ]
+        return "\n".join(f"{name:<26}{value}" for name, value in rows)
+
+
+def _bytes(count: int) -> str:
+    return f"{count:,} ({count / 2**20:,.1f} MiB)"
+
+
+def quantize_model(model: nn.Module, config: QLoRAConfig | None = None) -> QuantizationReport:
+    """Quantize every linear layer of a model in place, add adapters, and freeze all the rest.
+
+    Converts `nn.Linear` itself (not its subclasses, which mean something else by their weight) and transformers'
+    Conv1D. Embeddings, norms, the output embedding (`lm_head`) and any layer whose weight is tied to an
+    embedding stay as they are. `config.target_modules` chooses the layers that get an adapter; with
+    `config.format=None` only these are touched, and their base stays dense.
+
+    Args:
+        model: any module; on the meta device only the sizes are worked out.
+        config: `QLoRAConfig()` by default.
+
+    Returns:
+        A report of what was done.
+
+    Raises:
+        ValueError: no layer matches `target_modules`, the model has been converted already, or a weight
+            is not finite; the message names the layer. The model is unchanged then.
+    """
+    config = config or QLoRAConfig()
+    if isinstance(model, nn.Linear):
+        raise ValueError("model must contain its linear layers; for one layer use from_linear")
+    if any(isinstance(module, LoRALayer) for module in model.modules()):
+        raise ValueError("model must not have been converted before; it holds LoRA layers already")
+    bytes_before = _model_bytes(model)
+    linears, left_alone = _find_linears(model)
+    is_target = _matcher(config.target_modules)
+    adapted = [name for name in linears if is_target(name)]
+    if not adapted:
+        raise ValueError(
+            f"target_modules must match a linear layer; {config.target_modules!r} matches none of"
+            f" {_some(linears)}"
+        )
+    chosen = adapted if config.format is None else list(linears)
+    replacements = _replacements(linears, chosen, frozenset(adapted), config)
+    model.requires_grad_(False)
+    for name, layer in replacements.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return _report(model, replacements, left_alone, bytes_before)
+
+
+def _find_linears(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+    """The layers to convert by name (a module in two places comes twice), and the ones to leave alone."""
+    kept_weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is not None:
+        kept_weights.add(id(output.weight))
+    linears, left_alone = {}, []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+            continue
+        if id(module.weight) in kept_weights or not (
+            type(module) is nn.Linear or is_conv1d(module)
+        ):
+            left_alone.append(name)
+        else:
+            linears[name] = module
+    return linears, left_alone
+
+
+def _matcher(target_modules: str | Iterable[str]) -> Callable[[str], bool]:
+    if target_modules == ALL_LINEAR:
+        return lambda name: True
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules must be 'all-linear', names or a regular expression;"
+                f" got {target_modules!r} ({error})"
+            ) from error
+        return lambda name: pattern.fullmatch(name) is not None
+    endings = tuple(f".{target}" for target in target_modules)
+    return lambda name: f".{name}".endswith(endings)
+
+
+def _some(names: Iterable[str], count: int = 8) -> str:
+    """The distinct last parts of the names, a few of them."""
+    parts = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return (
+        ", ".join(parts[:count]) + (", ..." if len(parts) > count else "") or "(no linear layers)"
+    )
+
+
+def _replacements(
+    linears: dict[str, nn.Module], chosen: list[str], adapted: frozenset[str], config: QLoRAConfig
+) -> dict[str, LoRALayer]:
+    """New layers by name. A module in several places is replaced by one, a tied weight quantized once."""
+    by_module: dict[int, LoRALayer] = {}
+    by_weight: dict[int, QuantizedTensor] = {}
+    replacements = {}
+    for name in chosen:
+        linear = linears[name]
+        if id(linear) not in by_module:
+            try:
+                layer = _convert(linear, config, name in adapted, by_weight.get(id(linear.weight)))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
+            by_module[id(linear)] = layer.train(linear.training)
+            by_weight[id(linear.weight)] = layer.weight
+        replacements[name] = by_module[id(linear)]
+    return replacements
+
+
+def _convert(
+    linear: nn.Module, config: QLoRAConfig, adapter: bool, quantized: QuantizedTensor | None
+) -> LoRALayer:
+    if config.format is None:
+        return LoRALinear.from_linear(linear, config, adapter)
+    return QLoRALinear.from_linear(linear, config, adapter, quantized)
+
+
+def _model_bytes(model: nn.Module) -> int:
+    """Bytes of all distinct parameters and buffers."""
+    tensors = {id(t): t for group in (model.parameters(), model.buffers()) for t in group}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _report(
+    model: nn.Module, layers: dict[str, LoRALayer], left_alone: list[str], bytes_before: int
+) -> QuantizationReport:
+    quantized = {name: layer for name, layer in layers.items() if isinstance(layer, QLoRALinear)}
+    weights = {id(layer.packed): layer.weight for layer in quantized.values()}
+    return QuantizationReport(
+        quantized=tuple(quantized),
+        adapted=tuple(name for name, layer in layers.items() if layer.lora_a is not None),
+        left_alone=tuple(left_alone),
+        quantized_parameters=sum(weight.numel for weight in weights.values()),
+        quantized_bytes=sum(weight.nbytes for weight in weights.values()),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        bytes_before=bytes_before,
+        bytes_after=_model_bytes(model),
+    )

@@ -1,0 +1,25 @@
+"""Settings for the whole test run. Triton reads its interpreter switch when it is first imported."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import torch
+
+# Interpreted kernels and first calls are slow and uneven: a deadline would only measure the machine.
+# Derandomized, so that a red run is red again.
+hypothesis.settings.register_profile("qlora", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("qlora")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that needs a GPU counts as skipped, with the reason, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: not run"))
