@@ -1,0 +1,140 @@
+"""The codebooks, against the papers and against bitsandbytes."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import pytest
+import torch
+
+from qlora.kernels import formats
+from qlora.kernels.formats import FORMATS, SCALE_FORMATS
+
+
+def _linspace(start: float, stop: float, count: int) -> list[float]:
+    return [start + (stop - start) * i / (count - 1) for i in range(count)]
+
+
+def test_nf4_is_derived_from_normal_quantiles() -> None:
+    """QLoRA, section 3: 8 quantiles for the positive half, 7 for the negative, and an exact zero."""
+    offset = 1 - (1 / 30 + 1 / 32) / 2
+    quantile = NormalDist().inv_cdf
+    positive = [quantile(p) for p in _linspace(offset, 0.5, 9)[:-1]]
+    negative = [-quantile(p) for p in _linspace(offset, 0.5, 8)[:-1]]
+    derived = sorted([*negative, 0.0, *positive])
+    derived = torch.tensor([v / max(derived) for v in derived])
+    torch.testing.assert_close(derived, torch.tensor(FORMATS["nf4"].values), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "magnitudes"),
+    [
+        ("fp4", [0, 0.00520833, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1]),
+        ("e2m1", [0, 1 / 12, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1]),
+        ("e3m0", [0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]),
+    ],
+)
+def test_sign_magnitude_formats(name: str, magnitudes: list[float]) -> None:
+    values = FORMATS[name].values
+    assert sorted(values[:8]) == pytest.approx(magnitudes, abs=1e-8)
+    assert [-v for v in values[:8]] == list(values[8:])
+
+
+def test_e2m1_and_e3m0_codes_are_the_bits_of_the_number() -> None:
+    for sign in (0, 1):
+        for exponent in range(4):
+            for mantissa in (0, 1):
+                normal = 2.0 ** (exponent - 1) * (1 + mantissa / 2)
+                value = (normal if exponent else mantissa / 2) / 6
+                code = sign << 3 | exponent << 1 | mantissa
+                assert FORMATS["e2m1"].values[code] == (-1) ** sign * value
+    assert [FORMATS["e3m0"].values[e] for e in range(1, 8)] == [2.0 ** (e - 7) for e in range(1, 8)]
+
+
+def test_int4_is_twos_complement() -> None:
+    for code in range(16):
+        assert FORMATS["int4"].values[code] == (code if code < 8 else code - 16) / 7
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_thresholds_are_the_midpoints_of_neighbours(name: str) -> None:
+    fmt = FORMATS[name]
+    values = sorted({v + 0.0 for v in fmt.values})
+    finite = fmt.thresholds[fmt.thresholds.isfinite()]
+    expected = torch.tensor(values, dtype=torch.float32)
+    assert torch.equal(finite, (expected[:-1] + expected[1:]) / 2)
+    assert fmt.thresholds.shape == (15,)
+    ranked = [fmt.values[code] for code in fmt.rank_to_code]
+    assert ranked[: len(values)] == values
+    assert len(ranked) == 16
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_every_format_reaches_both_ends_and_zero(name: str) -> None:
+    values = FORMATS[name].values
+    assert {-1.0, 0.0, 1.0} <= set(values)
+
+
+def test_dynamic_map_follows_its_definition() -> None:
+    values = SCALE_FORMATS["dynamic8"].values
+    assert len(values) == len(set(values)) == 256
+    assert sum(v < 0 for v in values) == 127
+    assert values[127] == 0
+    assert values[-1] == 1
+    assert values[0] == pytest.approx(-0.99297, abs=1e-5)
+    for value in values[:127]:
+        assert -value in values
+    # The finest decade holds one value, the coarsest 64.
+    for i in range(7):
+        decade = [v for v in values if 10.0 ** (i - 7) < v < 10.0 ** (i - 6)]
+        assert len(decade) == 2**i
+
+
+def test_e4m3_map_holds_the_finite_float8_values() -> None:
+    values = SCALE_FORMATS["e4m3"].values
+    distinct = sorted(set(values))
+    assert len(distinct) == 253
+    for value in distinct:
+        assert torch.tensor(value * 448).to(torch.float8_e4m3fn).float() == pytest.approx(
+            value * 448
+        )
+    assert math.copysign(1, values[126]) == 1
+    assert values[126] == 0
+
+
+@pytest.mark.parametrize("name", sorted(SCALE_FORMATS))
+def test_scale_thresholds_are_midpoints(name: str) -> None:
+    fmt = SCALE_FORMATS[name]
+    values, thresholds = torch.tensor(fmt.values), fmt.thresholds
+    assert thresholds.shape == (255,)
+    between = values[1:] > values[:-1]
+    assert torch.equal(thresholds[between], ((values[:-1] + values[1:]) / 2)[between])
+    assert thresholds[~between].isinf().all()
+    assert (thresholds[1:] >= thresholds[:-1]).all()
+
+
+def test_codebooks_are_those_of_bitsandbytes() -> None:
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    nf4 = bnb.get_4bit_type("nf4", device="cpu")
+    fp4 = bnb.get_4bit_type("fp4", device="cpu")
+    dynamic = bnb.create_dynamic_map(signed=True)
+    cpu = torch.device("cpu")
+    assert torch.equal(nf4, formats.codebook("nf4", cpu))
+    assert torch.equal(fp4, formats.codebook("fp4", cpu))
+    assert torch.equal(dynamic, formats.scale_codebook("dynamic8", cpu))
+
+
+@pytest.mark.parametrize(
+    ("check", "bad", "allowed"),
+    [
+        (formats.check_format, "nf5", "nf4"),
+        (formats.check_scale_format, "fp8", "e4m3"),
+        (formats.check_blocksize, 48, "4096"),
+        (formats.check_blocksize, 16, "32"),
+    ],
+)
+def test_unknown_names_are_refused_with_what_is_allowed(check, bad, allowed) -> None:
+    with pytest.raises(ValueError, match=str(bad)) as error:
+        check(bad)
+    assert allowed in str(error.value)
