@@ -7,7 +7,7 @@ fp32 intermediate of a 16-bit result small.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ quantize_4bit = reference.quantize_4bit
 quantize_absmax = reference.quantize_absmax
 
 
-@lru_cache(maxsize=None)
+@cache
 def _quadruples(format: str) -> Tensor:
     """complex128 [65536]: the four fp32 values of each pair of bytes, as one opaque 16-byte element."""
     pairs = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(-1, 2)

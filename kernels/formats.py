@@ -13,7 +13,7 @@ where the thresholds are the fp32 midpoints between neighbouring values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -174,31 +174,31 @@ def num_blocks(numel: int, blocksize: int) -> int:
 
 
 # Codebooks are needed on every call and never change, so each device gets one copy.
-@lru_cache(maxsize=None)
+@cache
 def codebook(format: str, device: torch.device) -> Tensor:
     """fp32 [16]: the value of each code."""
     return torch.tensor(FORMATS[format].values, dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def thresholds(format: str, device: torch.device) -> Tensor:
     """fp32 [15]: see `Format.thresholds`."""
     return FORMATS[format].thresholds.to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def rank_to_code(format: str, device: torch.device) -> Tensor:
     """uint8 [16]: see `Format.rank_to_code`."""
     return torch.tensor(FORMATS[format].rank_to_code, dtype=torch.uint8, device=device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def scale_codebook(scale_format: str, device: torch.device) -> Tensor:
     """fp32 [256]: the value of each scale code."""
     return torch.tensor(SCALE_FORMATS[scale_format].values, dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def scale_thresholds(scale_format: str, device: torch.device) -> Tensor:
     """fp32 [255]: see `ScaleFormat.thresholds`."""
     return SCALE_FORMATS[scale_format].thresholds.to(device)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.kernels import cpu, formats
+from qlora.kernels import checks, cpu, formats
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COMPUTE_DTYPES = (*WEIGHT_DTYPES, torch.float64)  # fp64 for gradcheck and as an oracle
@@ -60,7 +60,7 @@ _define(
 
 def quantize_4bit(x: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
     """(packed, absmax): see `reference.quantize_4bit`."""
-    _check_float("x", x, WEIGHT_DTYPES)
+    checks.check_float("x", x, WEIGHT_DTYPES)
     formats.check_format(format)
     formats.check_blocksize(blocksize)
     return torch.ops.qlora.quantize_4bit(x, format, blocksize)
@@ -100,11 +100,13 @@ def dequantize_4bit(
 ) -> Tensor:
     """A tensor of `shape` and `dtype`: see `reference.dequantize_4bit`."""
     numel = torch.Size(shape).numel()
-    _check_quantized(
+    scales = {"nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    checks.check_devices(packed=packed, absmax=absmax, **scales)
+    checks.check_quantized(
         packed, absmax, nested_absmax, nested_offset, format, blocksize, scale_format, numel
     )
     if dtype not in COMPUTE_DTYPES:
-        raise TypeError(f"dtype must be one of {_names(COMPUTE_DTYPES)}; got {dtype}")
+        raise TypeError(f"dtype must be one of {checks.names(COMPUTE_DTYPES)}; got {dtype}")
     return torch.ops.qlora.dequantize_4bit(
         packed, absmax, nested_absmax, nested_offset, format, blocksize, scale_format, shape, dtype
     )
@@ -125,7 +127,7 @@ _define(
 
 def quantize_absmax(absmax: Tensor, scale_format: str) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, nested_absmax, nested_offset): see `reference.quantize_absmax`."""
-    _check("absmax", absmax, torch.float32, None)
+    checks.check_tensor("absmax", absmax, torch.float32, (absmax.numel(),))
     formats.check_scale_format(scale_format)
     return torch.ops.qlora.quantize_absmax(absmax, scale_format)
 
@@ -148,7 +150,8 @@ def dequantize_absmax(
     codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, scale_format: str
 ) -> Tensor:
     """fp32 [blocks]: see `reference.dequantize_absmax`."""
-    _check_nested(codes, nested_absmax, nested_offset, scale_format, codes.numel())
+    checks.check_devices(codes=codes, nested_absmax=nested_absmax, nested_offset=nested_offset)
+    checks.check_nested("codes", codes, nested_absmax, nested_offset, scale_format, codes.numel())
     return torch.ops.qlora.dequantize_absmax(codes, nested_absmax, nested_offset, scale_format)
 
 
@@ -200,17 +203,21 @@ def qlora_forward(
     scale_format: str,
 ) -> tuple[Tensor, Tensor]:
     """(y, h): see `reference.qlora_forward`."""
-    _check_float("x", x, COMPUTE_DTYPES)
-    m, k = _check_matrix("x", x)
-    rank, n = lora_a.shape[0], lora_b.shape[0]
-    _check_quantized(
+    checks.check_float("x", x, COMPUTE_DTYPES)
+    _, k = checks.check_matrix("x", x)
+    rank, _ = checks.check_matrix("lora_a", lora_a)
+    n, _ = checks.check_matrix("lora_b", lora_b)
+    scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    adapter = {"bias": bias, "lora_a": lora_a, "lora_b": lora_b, "rng": rng}
+    checks.check_devices(x=x, packed=packed, **scales, **adapter)
+    checks.check_quantized(
         packed, absmax, nested_absmax, nested_offset, format, blocksize, scale_format, n * k
     )
-    _check("lora_a", lora_a, x.dtype, (rank, k))
-    _check("lora_b", lora_b, x.dtype, (n, rank))
+    checks.check_tensor("lora_a", lora_a, x.dtype, (rank, k))
+    checks.check_tensor("lora_b", lora_b, x.dtype, (n, rank))
     if bias is not None:
-        _check("bias", bias, x.dtype, (n,))
-    _check_dropout(rng, dropout)
+        checks.check_tensor("bias", bias, x.dtype, (n,))
+    checks.check_dropout(rng, dropout)
     return torch.ops.qlora.qlora_forward(
         x,
         packed,
@@ -271,15 +278,17 @@ def qlora_grad_x(
     scale_format: str,
 ) -> Tensor:
     """grad_x [m, k]: see `reference.qlora_grad_x`."""
-    _check_float("grad_y", grad_y, COMPUTE_DTYPES)
-    m, n = _check_matrix("grad_y", grad_y)
-    rank, k = _check_matrix("lora_a", lora_a)
-    _check("g", g, grad_y.dtype, (m, rank))
-    _check("lora_a", lora_a, grad_y.dtype, (rank, k))
-    _check_quantized(
+    checks.check_float("grad_y", grad_y, COMPUTE_DTYPES)
+    m, n = checks.check_matrix("grad_y", grad_y)
+    rank, k = checks.check_matrix("lora_a", lora_a)
+    scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    checks.check_devices(grad_y=grad_y, g=g, packed=packed, **scales, lora_a=lora_a, rng=rng)
+    checks.check_tensor("g", g, grad_y.dtype, (m, rank))
+    checks.check_tensor("lora_a", lora_a, grad_y.dtype, (rank, k))
+    checks.check_quantized(
         packed, absmax, nested_absmax, nested_offset, format, blocksize, scale_format, n * k
     )
-    _check_dropout(rng, dropout)
+    checks.check_dropout(rng, dropout)
     return torch.ops.qlora.qlora_grad_x(
         grad_y,
         g,
@@ -310,10 +319,12 @@ _define(
 
 def lora_project(x: Tensor, weight: Tensor, rng: Tensor | None, dropout: float) -> Tensor:
     """dropout(x) weight^T: see `reference.lora_project`."""
-    _check_float("x", x, COMPUTE_DTYPES)
-    _, k = _check_matrix("x", x)
-    _check("weight", weight, x.dtype, (weight.shape[0], k))
-    _check_dropout(rng, dropout)
+    checks.check_float("x", x, COMPUTE_DTYPES)
+    _, k = checks.check_matrix("x", x)
+    rank, _ = checks.check_matrix("weight", weight)
+    checks.check_devices(x=x, weight=weight, rng=rng)
+    checks.check_tensor("weight", weight, x.dtype, (rank, k))
+    checks.check_dropout(rng, dropout)
     return torch.ops.qlora.lora_project(x, weight, rng, dropout)
 
 
@@ -334,80 +345,10 @@ def lora_grad(
     left: Tensor, right: Tensor, rng: Tensor | None, scaling: float, dropout: float
 ) -> Tensor:
     """scaling * left^T dropout(right): see `reference.lora_grad`."""
-    _check_float("left", left, COMPUTE_DTYPES)
-    m, _ = _check_matrix("left", left)
-    _check("right", right, left.dtype, (m, right.shape[-1]))
-    _check_dropout(rng, dropout)
+    checks.check_float("left", left, COMPUTE_DTYPES)
+    m, _ = checks.check_matrix("left", left)
+    _, j = checks.check_matrix("right", right)
+    checks.check_devices(left=left, right=right, rng=rng)
+    checks.check_tensor("right", right, left.dtype, (m, j))
+    checks.check_dropout(rng, dropout)
     return torch.ops.qlora.lora_grad(left, right, rng, scaling, dropout)
-
-
-# --- Checks -----------------------------------------------------------------------------------------
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype) for dtype in dtypes)
-
-
-def _check_float(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must have one of the dtypes {_names(dtypes)}; got {tensor.dtype}")
-
-
-def _check_matrix(name: str, tensor: Tensor) -> tuple[int, int]:
-    if tensor.dim() != 2:
-        raise ValueError(f"{name} must have 2 dimensions; got shape {tuple(tensor.shape)}")
-    return tensor.shape[0], tensor.shape[1]
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {dtype}; got {tensor.dtype}")
-    if shape is not None and tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
-
-
-def _check_quantized(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    format: str,
-    blocksize: int,
-    scale_format: str,
-    numel: int,
-) -> None:
-    formats.check_format(format)
-    formats.check_blocksize(blocksize)
-    _check("packed", packed, torch.uint8, (formats.packed_bytes(numel),))
-    blocks = formats.num_blocks(numel, blocksize)
-    if nested_absmax is None:
-        _check("absmax", absmax, torch.float32, (blocks,))
-    else:
-        _check_nested(absmax, nested_absmax, nested_offset, scale_format, blocks)
-
-
-def _check_nested(
-    codes: Tensor,
-    nested_absmax: Tensor,
-    nested_offset: Tensor | None,
-    scale_format: str,
-    blocks: int,
-) -> None:
-    formats.check_scale_format(scale_format)
-    if nested_offset is None:
-        raise ValueError("nested_offset must be given with nested_absmax; got None")
-    nested_blocks = formats.num_blocks(blocks, formats.NESTED_BLOCKSIZE)
-    _check("absmax", codes, torch.uint8, (blocks,))
-    _check("nested_absmax", nested_absmax, torch.float32, (nested_blocks,))
-    _check("nested_offset", nested_offset, torch.float32, ())
-
-
-def _check_dropout(rng: Tensor | None, dropout: float) -> None:
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1; got {dropout}")
-    if rng is not None:
-        _check("rng", rng, torch.int64, (2,))
-    elif dropout:
-        raise ValueError(
-            "rng must be given, an int64 tensor (seed, offset), where dropout > 0; got None"
-        )

@@ -1,0 +1,69 @@
+"""Device functions that every kernel shares: exact casts, products, and the block-wise codec.
+
+Triton's interpreter (TRITON_INTERPRET=1) is where the kernels are tested without a GPU, and it differs from
+hardware in two ways, both about bfloat16: a cast truncates where hardware rounds to nearest even, and
+`tl.dot` multiplies raw bit patterns. `to_float32`, `round_to` and `dot` take a correct way around under the
+constant INTERPRETED; compiled, they are a plain cast and a plain dot.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def to_float32(x):
+    """x as fp32, exactly."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """fp32 x rounded to DTYPE, to nearest, ties to even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b in fp32; fp32 operands are multiplied as such, not in tf32."""
+    if INTERPRETED:
+        return tl.dot(to_float32(a), to_float32(b), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def normalize(x):
+    """Scale each row of x [blocks, blocksize] into [-1, 1]: (x * (1 / absmax), absmax [blocks]).
+
+    QLoRA, section 2, equation 1. The division is IEEE's. A tiny absmax, whose reciprocal would overflow, is
+    lifted by a power of two first, together with its block; a row of zeros is multiplied by 1 / inf = 0.
+    """
+    absmax = tl.max(tl.abs(x), axis=1)
+    lift = tl.where(absmax < 2.0**-100, 2.0**64, 1.0)
+    divisor = tl.where(absmax > 0, absmax * lift, float("inf"))
+    inverse = tl.math.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+    return x * lift[:, None] * inverse[:, None], absmax
+
+
+@triton.jit
+def count_below(x, thresholds_ptr, LEVELS: tl.constexpr):
+    """For each element of x, how many of the 2^LEVELS - 1 ascending thresholds are strictly below it.
+
+    A binary search: a table of 15 or 255 entries stays in the first-level cache.
+    """
+    rank = tl.zeros(x.shape, tl.int32)
+    for level in tl.static_range(LEVELS):
+        step = 1 << (LEVELS - 1 - level)
+        rank += tl.where(x > tl.load(thresholds_ptr + rank + (step - 1)), step, 0)
+    return rank
