@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.config import ALL_LINEAR, QLoRAConfig
 from qlora.modules import LoRALayer, LoRALinear, QLoRALinear, is_conv1d
@@ -79,7 +79,7 @@ def quantize_model(model: nn.Module, config: QLoRAConfig | None = None) -> Quant
             is not finite; the message names the layer. The model is unchanged then.
     """
     config = config or QLoRAConfig()
-    if isinstance(model, nn.Linear):
+    if isinstance(model, nn.Linear) or is_conv1d(model):
         raise ValueError("model must contain its linear layers; for one layer use from_linear")
     if any(isinstance(module, LoRALayer) for module in model.modules()):
         raise ValueError("model must not have been converted before; it holds LoRA layers already")
@@ -98,15 +98,13 @@ def quantize_model(model: nn.Module, config: QLoRAConfig | None = None) -> Quant
     for name, layer in replacements.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+    _avoid_fast_paths(model)
     return _report(model, replacements, left_alone, bytes_before)
 
 
 def _find_linears(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
     """The layers to convert by name (a module in two places comes twice), and the ones to leave alone."""
-    kept_weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    if output is not None:
-        kept_weights.add(id(output.weight))
+    kept_weights = {id(weight) for weight in _embedding_weights(model)}
     linears, left_alone = {}, []
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
@@ -118,6 +116,16 @@ def _find_linears(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
         else:
             linears[name] = module
     return linears, left_alone
+
+
+def _embedding_weights(model: nn.Module) -> Iterator[Tensor]:
+    """The weights of input embeddings, and of the output embeddings of every transformers model inside."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield module.weight
+        head = getattr(module, "get_output_embeddings", lambda: None)()
+        if isinstance(head, nn.Module):  # a ModuleList where a model has several heads
+            yield from (part.weight for part in head.modules() if hasattr(part, "weight"))
 
 
 def _matcher(target_modules: str | Iterable[str]) -> Callable[[str], bool]:
@@ -149,17 +157,18 @@ def _replacements(
 ) -> dict[str, LoRALayer]:
     """New layers by name. A module in several places is replaced by one, a tied weight quantized once."""
     by_module: dict[int, LoRALayer] = {}
-    by_weight: dict[int, QuantizedTensor] = {}
+    by_weight: dict[tuple[int, bool], QuantizedTensor] = {}
     replacements = {}
     for name in chosen:
         linear = linears[name]
+        weight_key = id(linear.weight), is_conv1d(linear)
         if id(linear) not in by_module:
             try:
-                layer = _convert(linear, config, name in adapted, by_weight.get(id(linear.weight)))
+                layer = _convert(linear, config, name in adapted, by_weight.get(weight_key))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
             by_module[id(linear)] = layer.train(linear.training)
-            by_weight[id(linear.weight)] = layer.weight
+            by_weight[weight_key] = layer.weight
         replacements[name] = by_module[id(linear)]
     return replacements
 
@@ -170,6 +179,15 @@ def _convert(
     if config.format is None:
         return LoRALinear.from_linear(linear, config, adapter)
     return QLoRALinear.from_linear(linear, config, adapter, quantized)
+
+
+def _avoid_fast_paths(model: nn.Module) -> None:
+    """In inference torch's encoder layers would read `linear.weight` themselves, and miss the adapter."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _model_bytes(model: nn.Module) -> int:

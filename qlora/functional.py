@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qlora.kernels import ops
 from qlora.quantized import QuantizedTensor
@@ -48,6 +49,7 @@ class QLoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, bias, A and B; the base has none."""
         x, h, *weight, lora_a, lora_b, rng = ctx.saved_tensors
@@ -98,7 +100,7 @@ def qlora_linear(
     """
     n, k = _check_arguments(x, q, lora_a, lora_b)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
     if lora_a is None or lora_b is None:
         lora_a, lora_b, dropout = x.new_empty(0, k), x.new_empty(n, 0), 0.0
@@ -134,4 +136,9 @@ def _check_arguments(
         raise ValueError(f"x must be on the weight's device {q.device}; got {x.device}")
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_a and lora_b must be given together; got only one of them")
+    if lora_a is not None and (lora_a.dim() != 2 or lora_a.shape[1] != k):
+        raise ValueError(f"lora_a must have shape (rank, {k}); got {tuple(lora_a.shape)}")
+    if lora_b is not None and lora_b.shape != (n, lora_a.shape[0]):
+        expected = (n, lora_a.shape[0])
+        raise ValueError(f"lora_b must have shape {expected}; got {tuple(lora_b.shape)}")
     return n, k

@@ -6,6 +6,7 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ class LoRALayer(nn.Module):
     @property
     @abstractmethod
     def base_dtype(self) -> torch.dtype:
-        """The dtype that the base's weight had before it was quantized."""
+        """The dtype of the base's weight before it was quantized, or of a later `.to(dtype)`."""
 
     def merged_weight(self) -> Tensor:
         """W + scaling * B A, dense [n, k], summed in fp32."""
@@ -156,7 +157,7 @@ class QLoRALinear(LoRALayer):
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """The dtype that the base's weight had before it was quantized."""
+        """The dtype of the base's weight before it was quantized, or of a later `.to(dtype)`."""
         return self._base_dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,9 +171,10 @@ class QLoRALinear(LoRALayer):
         return f"{super().extra_repr()}, {self.format}, blocksize={self.blocksize}, scales={scales}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLoRALinear:
-        """Moves keep the scales in fp32: `.half()` or `.to(torch.bfloat16)` would spoil the base."""
+        """Casts keep the scales in fp32, where 16 bits would spoil the base; `base_dtype` follows them."""
         before = {name: getattr(self, name) for name in self._SCALES}
         super()._apply(fn, recurse)
+        self._base_dtype = fn(torch.empty(0, dtype=self._base_dtype)).dtype
         for name, scale in before.items():
             moved = getattr(self, name)
             if scale is not None and moved.dtype != scale.dtype:
@@ -195,6 +197,12 @@ class QLoRALinear(LoRALayer):
         expected = json.loads(bytes(self.get_extra_state().tolist()))
         if given != expected:
             raise ValueError(f"state_dict must hold a weight with {expected}; got {given}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Look at the extra state first: torch does so last, when the buffers have been overwritten."""
+        if (key := f"{prefix}_extra_state") in state_dict:
+            self.set_extra_state(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class LoRALinear(LoRALayer):

@@ -1,0 +1,143 @@
+"""What the commands of ``qlora`` do. What is slow to import is imported when it is needed."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.config import ALL_LINEAR, QLoRAConfig
+from qlora.recipe import TrainConfig
+
+
+def finetune(args: Namespace) -> None:
+    from qlora.data import load_dataset
+    from qlora.pretrained import load_quantized, load_tokenizer
+    from qlora.train import train
+
+    config = TrainConfig(**_given(args, TrainConfig))
+    lora = QLoRAConfig(**_given(args, QLoRAConfig))
+    tokenizer = load_tokenizer(args.model)
+    dataset = load_dataset(args.data, tokenizer, config.max_length, args.pack)
+    held_out = None
+    if args.evaluation_data:
+        held_out = load_dataset(args.evaluation_data, tokenizer, config.max_length, args.pack)
+    torch.manual_seed(config.seed)  # the adapter's first values
+    device = _device(args)
+    model, report = load_quantized(args.model, lora, None, device, config.precision)
+    print(report)
+    result = train(model, dataset, config, args.output, eval_dataset=held_out, resume=args.resume)
+    print(f"steps {result.steps}, last loss {result.loss:.4f}, {result.seconds:.0f} s")
+    if result.evaluation:
+        print(_in_words(result.evaluation))
+    print(f"adapter written to {args.output}")
+
+
+def evaluate(args: Namespace) -> None:
+    from qlora.data import load_dataset
+    from qlora.evaluation import evaluate
+    from qlora.pretrained import load_tokenizer
+
+    config = TrainConfig(**_given(args, TrainConfig))
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
+    tokenizer = load_tokenizer(args.model)
+    dataset = load_dataset(args.data, tokenizer, config.max_length, args.pack)
+    model = _load(args, config.precision)
+    result = evaluate(model, dataset, args.batch_size, config.precision, progress=True)
+    print(_in_words(result))
+
+
+def generate(args: Namespace) -> None:
+    from qlora.generate import check_sampling, generate
+    from qlora.pretrained import load_tokenizer
+
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
+    precision = TrainConfig(**_given(args, TrainConfig, ("precision",))).precision
+    tokenizer = load_tokenizer(args.model)
+    generate(
+        _load(args, precision),
+        tokenizer,
+        args.prompt,
+        style=args.style,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        precision=precision,
+        stream=True,
+    )
+
+
+def merge(args: Namespace) -> None:
+    from qlora.adapters import merge
+    from qlora.pretrained import load_quantized, place, save_dense
+
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists already and is not an empty folder")
+    config = _base_config(args)
+    model, _ = load_quantized(args.model, config, args.adapter, precision="float32")
+    dtype = getattr(torch, args.dtype)
+    save_dense(place(merge(model, dtype), "cpu", dtype), Path(args.model), out)
+    print(f"merged model written to {out}")
+
+
+def _load(args: Namespace, precision: str) -> torch.nn.Module:
+    """The model that evaluate and generate ask for: with an adapter, or the base alone."""
+    from qlora.adapters import enable_adapters
+    from qlora.evaluation import compute_dtype
+    from qlora.pretrained import load_dense, load_quantized, place
+
+    device, config = _device(args), _base_config(args)
+    if args.adapter is None and config.format is None:
+        return place(load_dense(args.model), device, compute_dtype(torch.device(device), precision))
+    model, _ = load_quantized(args.model, config, args.adapter, device, precision)
+    enable_adapters(model, args.adapter is not None)
+    return model
+
+
+def _base_config(args: Namespace) -> QLoRAConfig:
+    """As the adapter was trained, but for what the command line says otherwise."""
+    from qlora.adapters import read_config
+
+    config = read_config(args.adapter) if args.adapter else QLoRAConfig(rank=1)
+    return replace(config, **_given(args, QLoRAConfig))
+
+
+def _given(args: Namespace, config: type, names: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """Those fields of a config class that the command line sets."""
+    names = names or tuple(item.name for item in fields(config))
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if "target_modules" in given:
+        given["target_modules"] = _targets(given["target_modules"])
+    return given
+
+
+def _targets(names: list[str]) -> str | tuple[str, ...]:
+    """Names of layers; or, given alone, "all-linear" or a regular expression."""
+    first, *others = names
+    is_pattern = first == ALL_LINEAR or re.search(r"[\\^$*+?()\[\]{}|]", first)
+    return first if is_pattern and not others else tuple(names)
+
+
+def _device(args: Namespace) -> str:
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda, cuda:1, ..., got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this machine has no CUDA GPU that torch can use")
+    return name
+
+
+def _in_words(result: Any) -> str:
+    return (
+        f"perplexity {result.perplexity:.4f}, loss {result.nll:.4f} nats per token, "
+        f"{result.tokens:,} tokens"
+    )

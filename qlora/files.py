@@ -1,0 +1,134 @@
+"""Files that are whole or absent.
+
+Each file and folder is written under a temporary name beside its place, flushed to the disk
+and renamed. A reader, or the next run after a power cut, sees the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LEFTOVER = re.compile(r"\..+\.\d+\.tmp(\.old)?")
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path to write to; it becomes ``path`` when the block ends well."""
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder to fill; it becomes ``path`` when the block ends well.
+
+    A folder that already lies there is replaced as a whole.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    old = temporary.with_name(f"{temporary.name}.old")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                flush(Path(folder, name))
+            flush(Path(folder))
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    flush(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what an interrupted :func:`new_file` or :func:`new_folder` left in ``folder``."""
+    for leftover in folder.glob(".*"):
+        if not _LEFTOVER.fullmatch(leftover.name):
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object; a missing or malformed file is an error that names it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file."""
+    from safetensors.torch import save_file
+
+    with new_file(path) as temporary:
+        on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(on_cpu, temporary, metadata={"format": "pt"})
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Read a safetensors file to the CPU; a missing or damaged file is an error that names it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden name beside ``path``, free for this process to use."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    return temporary
+
+
+def flush(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

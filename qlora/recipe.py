@@ -1,0 +1,107 @@
+"""The hyperparameters of a run; the defaults are Guanaco's (QLoRA, section 5 and table 9)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("auto", "bfloat16", "float32")
+
+_AT_LEAST = {
+    **dict.fromkeys(("steps", "micro_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("warmup_steps", "seed", "evaluate_every", "checkpoint_every"), 0),
+    **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay", "epsilon"), 0),
+    **{"keep_checkpoints": 1, "max_length": 2, "beta1": 0, "beta2": 0},
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        learning_rate: peak learning rate.
+        schedule: course of the learning rate after the warm-up: "constant", or falling to 0 as
+            "linear" or "cosine".
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        steps: optimizer steps in all.
+        micro_batch_size: examples that go through the model at once.
+        gradient_accumulation_steps: micro-batches in one optimizer step.
+        max_length: tokens at which an example is cut.
+        group_by_length: put examples of about the same length into a batch.
+        max_grad_norm: norm to which the gradient is clipped; 0 for no clipping.
+        weight_decay: AdamW's decoupled weight decay.
+        beta1: AdamW's decay of the mean gradient.
+        beta2: AdamW's decay of the mean squared gradient.
+        epsilon: AdamW's term against division by zero.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them,
+            where the model can.
+        precision: dtype of the computation: "bfloat16", "float32", or "auto", which is bfloat16 on
+            a GPU that computes in it and float32 elsewhere.
+        seed: seed of the order of examples and of dropout.
+        evaluate_every: optimizer steps between evaluations; 0 for only after the last.
+        checkpoint_every: optimizer steps between checkpoints; 0 for only after the last.
+        keep_checkpoints: how many of the latest checkpoints are kept.
+
+    Raises:
+        TypeError, ValueError: a value is not one of the allowed; the message names it.
+    """
+
+    learning_rate: float = 2e-4
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    steps: int = 1875
+    micro_batch_size: int = 1
+    gradient_accumulation_steps: int = 16
+    max_length: int = 512
+    group_by_length: bool = True
+    max_grad_norm: float = 0.3
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    gradient_checkpointing: bool = True
+    precision: str = "auto"
+    seed: int = 0
+    evaluate_every: int = 0
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, kind = getattr(self, item.name), type(item.default)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise TypeError(f"{item.name} must be of type {kind.__name__}, got {value!r}")
+        for name, minimum in _AT_LEAST.items():
+            if not minimum <= getattr(self, name) < math.inf:
+                got = getattr(self, name)
+                raise ValueError(f"{name} must be finite and at least {minimum}, got {got!r}")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be below 1, got {getattr(self, name)!r}")
+        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            check_choice(name, getattr(self, name), choices)
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in one optimizer step."""
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of a step, counted from 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    falling = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": (1.0 + math.cos(math.pi * progress)) / 2,
+    }
+    return config.learning_rate * falling[config.schedule]

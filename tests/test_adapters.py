@@ -1,0 +1,338 @@
+"""Adapters as files, shared with PEFT, and merged into the base."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import qlora
+from qlora.adapters import (
+    CONFIG,
+    WEIGHTS,
+    adapter_parameters,
+    enable_adapters,
+    load_adapter,
+    merge,
+    read_config,
+    save_adapter,
+)
+from tests import tiny
+
+IDS = tiny.tokens()
+
+
+def adapted(make: Callable[[], nn.Module] = tiny.llama, **settings: Any) -> nn.Module:
+    return tiny.randomize_adapter(tiny.quantized(make(), **settings))
+
+
+def values(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in adapter_parameters(model).values()]
+
+
+def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_adapter(adapted(), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def peft_adapter(model: nn.Module, folder: Path, **settings: Any) -> nn.Module:
+    """A model with an adapter that PEFT made, saved to ``folder``."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings)
+    wrapped = tiny.randomize_adapter(peft.get_peft_model(model, config)).eval()
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("format", ["nf4", None])
+def test_what_is_saved_is_loaded(tmp_path: Path, format: str | None) -> None:
+    model = adapted(format=format)
+    save_adapter(model, tmp_path)
+    other = tiny.quantized(tiny.llama(), format=format, alpha=1)
+    load_adapter(other, tmp_path)
+    assert equal(values(other), values(model))
+    assert torch.equal(tiny.logits(other, IDS), tiny.logits(model, IDS)), "scaling comes along"
+
+
+def test_the_files_are_those_of_peft(saved: Path) -> None:
+    tensors = load_file(saved / WEIGHTS)
+    prefix = "base_model.model.model.layers.1.mlp.down_proj."
+    assert tensors[prefix + "lora_A.weight"].shape == (4, 96)
+    assert tensors[prefix + "lora_B.weight"].shape == (64, 4)
+    assert len(tensors) == 2 * 14
+    config = json.loads((saved / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 8, "CAUSAL_LM")
+    projections = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert config["target_modules"] == projections
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.1\..*proj"])
+def test_peft_loads_our_adapter(
+    tmp_path: Path, make: Callable[[], nn.Module], targets: str
+) -> None:
+    """On the same base: the one that our model holds, dequantized."""
+    model = adapted(make, target_modules=targets)
+    save_adapter(model, tmp_path)
+    base = merge(tiny.quantized(make()))
+    before = tiny.logits(base, IDS)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(tiny.logits(theirs, IDS), tiny.logits(model, IDS))
+    assert not torch.allclose(before, tiny.logits(model, IDS))
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {
+            "target_modules": ["c_proj", "down_proj"],
+            "layers_to_transform": [0],
+            "lora_dropout": 0.1,
+        },
+        {"init_lora_weights": "gaussian"},
+    ],
+)
+def test_we_load_an_adapter_of_peft(
+    tmp_path: Path, make: Callable[[], nn.Module], settings: dict[str, Any]
+) -> None:
+    theirs = peft_adapter(make(), tmp_path, **settings)
+    config = read_config(tmp_path)
+    scaling = 8 / math.sqrt(4) if settings.get("use_rslora") else 8 / 4
+    assert (config.rank, config.scaling, config.format) == (4, scaling, "nf4")
+    assert config.dropout == settings.get("lora_dropout", 0)
+    ours = tiny.quantized(make(), target_modules=config.target_modules, format=None)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(tiny.logits(ours, IDS), tiny.logits(theirs, IDS))
+
+
+def test_the_base_that_an_adapter_was_trained_on_is_known(tmp_path: Path) -> None:
+    settings = {"format": "int4", "blocksize": 32, "double_quant": False, "dropout": 0.05}
+    for i, extra in enumerate(({}, {"double_quant": True, "scale_format": "e4m3"})):
+        model = adapted(**settings | extra, target_modules=["q_proj", "mlp.up_proj"])
+        save_adapter(model, tmp_path / str(i))
+        again = tiny.llama()
+        qlora.quantize_model(again, read_config(tmp_path / str(i)))
+        load_adapter(again, tmp_path / str(i))
+        assert torch.equal(tiny.logits(again, IDS), tiny.logits(model, IDS))
+    save_adapter(adapted(format=None), tmp_path / "dense")
+    assert read_config(tmp_path / "dense").format is None
+
+
+def test_adapters_take_turns_on_one_base(tmp_path: Path) -> None:
+    model = tiny.quantized(tiny.llama())
+    base = tiny.logits(model, IDS)
+    outputs = []
+    for seed in (2, 3):
+        save_adapter(tiny.randomize_adapter(model, seed), tmp_path / str(seed))
+        outputs.append(tiny.logits(model, IDS))
+    for seed, expected in ((2, outputs[0]), (3, outputs[1]), (2, outputs[0])):
+        load_adapter(model, tmp_path / str(seed))
+        assert torch.equal(tiny.logits(model, IDS), expected)
+        enable_adapters(model, False)
+        assert torch.equal(tiny.logits(model, IDS), base)
+        enable_adapters(model)
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_loading_does_not_disturb_the_optimizer(saved: Path) -> None:
+    model = tiny.quantized(tiny.llama())
+    before = [id(parameter) for parameter in adapter_parameters(model).values()]
+    load_adapter(model, saved)
+    after = list(adapter_parameters(model).values())
+    assert [id(parameter) for parameter in after] == before
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in after)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("use_dora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("rank_pattern", {"q_proj": 8}),
+        ("alpha_pattern", {"q_proj": 8}),
+        ("bias", "all"),
+        ("lora_bias", True),
+        ("init_lora_weights", "pissa"),
+        ("trainable_token_indices", [1]),
+        ("a_variant_of_tomorrow", True),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused_by_name(saved: Path, field: str, value: Any) -> None:
+    model = tiny.quantized(tiny.llama())
+    before = values(model)
+    edit_config(saved, **{field: value})
+    with pytest.raises(ValueError, match=f"{CONFIG}: {field} = .* is not supported"):
+        load_adapter(model, saved)
+    with pytest.raises(ValueError, match=f"{field} = "):
+        read_config(saved)
+    assert equal(values(model), before)
+
+
+def test_every_setting_of_a_plain_peft_config_is_allowed(saved: Path) -> None:
+    """PEFT writes all its fields, most at values that mean nothing."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]).to_dict()
+    edit_config(saved, **config | {"target_modules": ["q_proj"]})
+    load_adapter(tiny.quantized(tiny.llama()), saved)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("r", None, "r must be an integer of at least 1, found None"),
+        ("r", 4.0, "r must be an integer"),
+        ("lora_alpha", "8", "lora_alpha must be a number"),
+        ("r", 8, "the adapter has rank 8, the model's layers have 4"),
+    ],
+)
+def test_wrong_values_are_named(saved: Path, field: str, value: Any, message: str) -> None:
+    edit_config(saved, **{field: value})
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tiny.quantized(tiny.llama()), saved)
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, rf"{WEIGHTS}: no such file"),
+        (lambda f: (f / CONFIG).unlink(), FileNotFoundError, rf"{CONFIG}: no such file"),
+        (lambda f: (f / CONFIG).write_text("{"), ValueError, rf"{CONFIG}: not valid JSON"),
+        (lambda f: (f / CONFIG).write_text("[]"), ValueError, rf"{CONFIG}: expected a JSON object"),
+        (
+            lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-64]),
+            ValueError,
+            rf"{WEIGHTS}: truncated or not a safetensors file",
+        ),
+        (lambda f: (f / WEIGHTS).write_bytes(b""), ValueError, rf"{WEIGHTS}: truncated"),
+        (lambda f: _rewrite(f, lambda t: t.pop(Q)), ValueError, f"1 missing .{Q}"),
+        (
+            lambda f: _rewrite(f, lambda t: t.update(extra=torch.ones(1))),
+            ValueError,
+            r"1 not in the model \(extra\)",
+        ),
+        (
+            lambda f: _rewrite(f, lambda t: t.update({Q: torch.ones(4, 32)})),
+            ValueError,
+            rf"{Q} has shape \(4, 32\), not \(4, 64\)",
+        ),
+        (
+            lambda f: _rewrite(f, lambda t: t[Q].fill_(math.nan)),
+            ValueError,
+            f"{Q} holds NaN or infinite values",
+        ),
+    ],
+)
+def test_damage_is_named_and_changes_nothing(
+    saved: Path, damage: Callable[[Path], Any], error: type[Exception], message: str
+) -> None:
+    model = tiny.quantized(tiny.llama())
+    before = values(model)
+    damage(saved)
+    with pytest.raises(error, match=message):
+        load_adapter(model, saved)
+    assert equal(values(model), before)
+
+
+def test_an_adapter_for_another_model_is_refused(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"another model or other layers: 16 missing \(.*c_attn"):
+        load_adapter(tiny.quantized(tiny.gpt2()), saved)
+    with pytest.raises(ValueError, match=r"another model: .* has shape \(4, 64\), not \(4, 32\)"):
+        load_adapter(tiny.quantized(tiny.llama(hidden_size=32)), saved)
+    for action in (save_adapter, load_adapter):
+        with pytest.raises(ValueError, match="call quantize_model"):
+            action(tiny.llama(), tmp_path)
+
+
+# Merging
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("format", ["nf4", None])
+def test_the_merged_model_answers_as_the_adapted_one(
+    make: Callable[[], nn.Module], format: str | None
+) -> None:
+    model = adapted(make, format=format)
+    expected = tiny.logits(model, IDS)
+    assert merge(model) is model
+    kinds = {type(m) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)}
+    assert kinds == ({Conv1D, nn.Linear} if make is tiny.gpt2 else {nn.Linear})
+    assert not any(isinstance(m, qlora.LoRALinear | qlora.QLoRALinear) for m in model.modules())
+    torch.testing.assert_close(tiny.logits(model, IDS), expected)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_merging_adds_in_fp32_and_rounds_once() -> None:
+    model = adapted()
+    layer = model.model.layers[0].mlp.gate_proj
+    base = qlora.dequantize_4bit(layer.weight, torch.float32)
+    with torch.no_grad():
+        expected = base + layer.scaling * (layer.lora_b @ layer.lora_a)
+    merge(model, torch.bfloat16)
+    merged = model.model.layers[0].mlp.gate_proj.weight
+    assert merged.dtype == torch.bfloat16
+    assert torch.equal(merged, expected.to(torch.bfloat16))
+
+
+def test_a_merged_layer_has_the_dtype_that_it_had_before() -> None:
+    model = adapted(lambda: tiny.llama().to(torch.bfloat16))
+    assert merge(model).model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_plain_transformers_loads_a_merged_model(
+    tmp_path: Path, make: Callable[[], nn.Module]
+) -> None:
+    model = merge(adapted(make))
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found.values())
+    assert torch.equal(tiny.logits(loaded.eval(), IDS), tiny.logits(model, IDS))
+
+
+def test_layers_without_an_adapter_and_single_layers_are_merged_too() -> None:
+    model = merge(adapted(target_modules=["q_proj"]))
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    config = qlora.QLoRAConfig(rank=2)
+    layer = qlora.QLoRALinear.from_linear(nn.Linear(64, 8), config)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(merge(layer)(x), layer(x))
+    with pytest.raises(ValueError, match="model must hold QLoRA layers to merge"):
+        merge(tiny.llama())

@@ -1,0 +1,314 @@
+"""The command line, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora import QLoRAConfig
+from qlora.__main__ import field_descriptions, main
+from qlora.recipe import TrainConfig
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+RECIPE = [
+    *("--rank", "4", "--alpha", "8", "--dropout", "0.1", "--learning-rate", "1e-2"),
+    *("--micro-batch-size", "2", "--gradient-accumulation-steps", "2"),
+    *("--max-length", "32", "--checkpoint-every", "10", "--device", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data and an adapter that has been trained on them."""
+    path = tmp_path_factory.mktemp("cli")
+    tiny.model_folder(path / "model")
+    records = [{"prompt": f"{i % 10}+1=", "completion": f"{i % 10 + 1}."} for i in range(20)]
+    tiny.write_lines(path / "data.jsonl", records)
+    assert finetune(path, path / "adapter", "--steps", "40") == 0
+    return path
+
+
+def finetune(place: Path, output: Path, *options: str) -> int:
+    return main(["finetune", *_finetune_arguments(place, output), *options])
+
+
+def _finetune_arguments(place: Path, output: Path) -> list[str]:
+    return [str(place / "model"), str(place / "data.jsonl"), "--output", str(output), *RECIPE]
+
+
+def call(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qlora", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """The one line that a mistake ends with."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    shown = captured.err.splitlines()
+    lines = [line for line in shown if line and "Loading weights" not in line]
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("qlora: ")
+    return lines[0]
+
+
+# What the commands do
+
+
+def test_finetune_evaluate_generate_merge(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The merged model, loaded by plain transformers, is the one that was trained."""
+    model, data, adapter = place / "model", place / "data.jsonl", place / "adapter"
+    base = evaluated(capsys, model, data)
+    trained = evaluated(capsys, model, data, "--adapter", adapter)
+    assert trained < base / 10
+    merged = tmp_path / "merged"
+    assert main(["merge", str(model), str(adapter), str(merged), "--dtype", "float32"]) == 0
+    assert evaluated(capsys, merged, data, "--format", "none") == pytest.approx(trained, rel=1e-3)
+
+    prompt = ["--prompt", "3+1=", "--max-new-tokens", "8", "--device", "cpu"]
+    assert main(["generate", str(model), "--adapter", str(adapter), *prompt]) == 0
+    answer = capsys.readouterr().out.strip()
+    plain = AutoModelForCausalLM.from_pretrained(merged)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    ids = tokenizer("3+1=", return_tensors="pt").input_ids
+    output = plain.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert tokenizer.decode(output, skip_special_tokens=True).strip() == answer
+    assert "." in answer
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: Any) -> float:
+    capsys.readouterr()
+    assert main(["evaluate", *map(str, arguments), "--device", "cpu"]) == 0
+    words = capsys.readouterr().out.split()
+    assert words[0] == "perplexity"
+    return float(words[1].rstrip(","))
+
+
+def test_finetune_says_what_it_did(place: Path, tmp_path: Path) -> None:
+    """In a process of its own, as a user runs it."""
+    arguments = _finetune_arguments(place, tmp_path)
+    done = call("finetune", *arguments, "--steps", "3", "--evaluation-data", place / "data.jsonl")
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "bits per parameter",
+        "steps 3, last loss",
+        "perplexity",
+        f"written to {tmp_path}",
+    ):
+        assert text in done.stdout
+    assert "train" in done.stderr, "a progress bar"
+
+
+def test_the_base_is_rebuilt_as_it_was_trained(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--steps", "2", "--format", "int4", "--blocksize", "32", "--no-double-quant"]
+    assert finetune(place, tmp_path, *options, "--target-modules", "q_proj", "up_proj") == 0
+    base = json.loads((tmp_path / "qlora_config.json").read_text())
+    assert base == {"format": "int4", "blocksize": 32, "double_quant": False}
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in names} == {"q_proj", "up_proj"}
+    model = (place / "model", place / "data.jsonl", "--adapter", tmp_path)
+    same = evaluated(capsys, *model, "--format", "int4", "--blocksize", 32, "--no-double-quant")
+    assert evaluated(capsys, *model) == same
+    assert evaluated(capsys, *model, "--format", "nf4") != same
+
+
+def test_merge_writes_16_bit_and_a_tokenizer(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "merged"
+    assert main(["merge", str(place / "model"), str(place / "adapter"), str(out)]) == 0
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (place / "model" / name).read_bytes()
+    assert [path.name for path in out.parent.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize("style", ["plain", "instruction", "chat"])
+def test_sampling_is_repeated_by_its_seed(
+    place: Path, capsys: pytest.CaptureFixture[str], style: str
+) -> None:
+    def sample(seed: int) -> str:
+        options = ["--temperature", "1.5", "--top-p", "0.9", "--seed", str(seed), "--style", style]
+        arguments = [str(place / "model"), "--prompt", "Hello", "--max-new-tokens", "12"]
+        assert main(["generate", *arguments, *options]) == 0
+        return capsys.readouterr().out
+
+    first, again, other = sample(1), sample(1), sample(2)
+    assert first == again != other
+
+
+def test_a_killed_run_goes_on_to_the_same_result(place: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of training; the same command then ends where no kill would have."""
+    output = tmp_path / "killed"
+    arguments = [*_finetune_arguments(place, output), "--steps", "40"]
+    command = [sys.executable, "-m", "qlora", "finetune", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _wait_for_steps(process, output / "metrics.jsonl", 13)
+    os.kill(process.pid, signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert not (output / "adapter_model.safetensors").exists(), "the run was not at its end"
+
+    assert finetune(place, output, "--steps", "40") == 0
+    killed, whole = (
+        load_file(folder / "adapter_model.safetensors") for folder in (output, place / "adapter")
+    )
+    assert killed.keys() == whole.keys()
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    losses = [
+        [(record["step"], record["loss"]) for record in _metrics(folder)]
+        for folder in (output, place / "adapter")
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == list(range(1, 41))
+
+
+def _wait_for_steps(process: subprocess.Popen[bytes], path: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline, "the run has not come that far in two minutes"
+        time.sleep(0.002)
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# What it teaches
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "generate", "merge"])
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    assert f"example:\n  qlora {command} " in capsys.readouterr().out
+
+
+def test_every_setting_is_a_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for config in (TrainConfig, QLoRAConfig):
+        descriptions = field_descriptions(config)
+        for item in fields(config):
+            assert f"--{item.name.replace('_', '-')}" in words
+            assert len(descriptions[item.name]) > 10
+    assert "(default: 0.0002)" in words
+    assert "(default: 1875)" in words
+
+
+def test_help_is_quick() -> None:
+    """transformers is not imported for it."""
+    code = "import sys, qlora.__main__; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# Mistakes
+
+
+def test_a_mistake_ends_with_one_line_and_status_2(place: Path) -> None:
+    done = call("evaluate", "meta-llama/Llama-2-7b", place / "data.jsonl")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "qlora: meta-llama/Llama-2-7b: no such folder. A model is a local folder with config.json, "
+        "*.safetensors and the tokenizer's files; models are not downloaded "
+        "(--debug shows where)\n"
+    )
+    assert call("finetune").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "steps must be finite and at least 1, got 0"),
+        (["--format", "nf3"], "nf3"),
+        (["--blocksize", "48"], "48"),
+        (["--rank", "0"], "rank"),
+        (["--schedule", "step"], "schedule must be one of constant, linear, cosine, got 'step'"),
+        (["--target-modules", "query"], "'query'"),
+        (["--target-modules", "q_proj)"], "q_proj)"),
+        (["--device", "tpu9"], "--device must be cpu, cuda"),
+        (["--evaluation-data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
+    ],
+)
+def test_wrong_options_are_named(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    arguments = _finetune_arguments(place, tmp_path / "output")
+    assert message in mistake(capsys, "finetune", *arguments, *options)
+    assert not (tmp_path / "output").exists()
+
+
+def test_unusable_models_are_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(name: str) -> Path:
+        return Path(shutil.copytree(place / "model", tmp_path / name))
+
+    def said(folder: Path) -> str:
+        message = mistake(capsys, "evaluate", folder, place / "data.jsonl", "--device", "cpu")
+        assert str(folder) in message
+        return message
+
+    (folder := broken("a") / "config.json").unlink()
+    assert "config.json: no such file" in said(folder.parent)
+    (folder := broken("b") / "model.safetensors").unlink()
+    assert "no *.safetensors in the folder" in said(folder.parent)
+    path = broken("c") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "cannot read the model" in said(path.parent)
+    path = broken("d") / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    assert "quantized already (gptq)" in said(path.parent)
+    path = broken("e") / "config.json"
+    path.write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert "9 weights are missing in the files (model.layers.2." in said(path.parent)
+    (path := broken("f") / "tokenizer.json").write_text("{")
+    assert "cannot read the tokenizer" in said(path.parent)
+
+
+def test_other_mistakes_are_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data, adapter = place / "model", place / "data.jsonl", place / "adapter"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("mine")
+    said = mistake(capsys, "merge", model, adapter, tmp_path / "full")
+    assert "full: exists already and is not an empty folder" in said
+    said = mistake(capsys, "evaluate", model, data, "--adapter", tmp_path)
+    assert "adapter_config.json: no such file" in said
+    said = mistake(capsys, "evaluate", model, data, "--batch-size", 0)
+    assert "batch_size must be at least 1" in said
+    for option, value in (("--top-p", 0), ("--temperature", -1), ("--max-new-tokens", 0)):
+        said = mistake(capsys, "generate", model, "--prompt", "a", option, value)
+        assert f"{option[2:].replace('-', '_')} must be" in said
+    said = mistake(capsys, "generate", model, "--prompt", "")
+    assert "prompt must have at least one token" in said
