@@ -44,6 +44,8 @@ def _fail(error: Exception, status: int, debug: bool) -> int:
     if debug:
         raise error
     text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        text += "; the command line needs the extra [hf]"
     print(f"qlora: {text} (--debug shows where)", file=sys.stderr)
     return status
 

@@ -30,7 +30,7 @@ class QLoRAConfig:
         scale_format: the data type of double-quantized scales: "dynamic8" or "e4m3".
 
     Raises:
-        ValueError: a value is not one of the allowed; the message names it.
+        TypeError, ValueError: a value is not one of the allowed; the message names it.
     """
 
     rank: int = 64
@@ -43,6 +43,8 @@ class QLoRAConfig:
     scale_format: str = "dynamic8"
 
     def __post_init__(self) -> None:
+        if type(self.rank) is not int:
+            raise TypeError(f"rank must be an integer; got {self.rank!r}")
         if not 1 <= self.rank <= _MAX_RANK:
             raise ValueError(f"rank must be from 1 to {_MAX_RANK}; got {self.rank}")
         if not self.alpha > 0:

@@ -25,8 +25,10 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path to write to; it becomes ``path`` when the block ends well."""
     path = Path(path)
     temporary = _temporary(path)
+    mode = _usual_mode(temporary)
     try:
         yield temporary
+        temporary.chmod(mode)
         flush(temporary)
         os.replace(temporary, path)
     finally:
@@ -43,11 +45,14 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     temporary = _temporary(path)
     old = temporary.with_name(f"{temporary.name}.old")
-    temporary.mkdir(parents=True)
+    mode = _usual_mode(temporary)
+    temporary.unlink()
+    temporary.mkdir()
     try:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
+                Path(folder, name).chmod(mode)
                 flush(Path(folder, name))
             flush(Path(folder))
         if path.exists():
@@ -123,6 +128,15 @@ def _temporary(path: Path) -> Path:
     if temporary.is_dir():
         shutil.rmtree(temporary)
     return temporary
+
+
+def _usual_mode(path: Path) -> int:
+    """Create an empty file and say which permissions it got.
+
+    safetensors' writer lets nobody but the owner read, whatever the user's umask allows.
+    """
+    path.touch()
+    return path.stat().st_mode & 0o777
 
 
 def flush(path: Path) -> None:

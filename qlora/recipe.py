@@ -12,7 +12,10 @@ _AT_LEAST = {
     **dict.fromkeys(("steps", "micro_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("warmup_steps", "seed", "evaluate_every", "checkpoint_every"), 0),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay", "epsilon"), 0),
-    **{"keep_checkpoints": 1, "max_length": 2, "beta1": 0, "beta2": 0},
+    "keep_checkpoints": 1,
+    "max_length": 2,
+    "beta1": 0,
+    "beta2": 0,
 }
 
 

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora import QLoRAConfig
+from qlora import QLoRAConfig, quantize_4bit
 from qlora.__main__ import field_descriptions, main
+from qlora.pretrained import load_quantized
 from qlora.recipe import TrainConfig
 from tests import tiny
 
@@ -194,6 +195,22 @@ def _wait_for_steps(process: subprocess.Popen[bytes], path: Path, steps: int) ->
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_base_is_quantized_from_the_numbers_in_the_file(place: Path, precision: str) -> None:
+    """Whatever the computation rounds to, so that an adapter meets the base it was trained on."""
+    config = QLoRAConfig(rank=2)
+    model, report = load_quantized(place / "model", config, precision=precision)
+    name = "model.layers.1.mlp.up_proj"
+    expected = quantize_4bit(load_file(place / "model" / "model.safetensors")[f"{name}.weight"])
+    layer = model.get_submodule(name)
+    assert torch.equal(layer.weight.packed, expected.packed)
+    assert torch.equal(layer.weight.absmax, expected.absmax)
+    assert len(report.quantized) == 14
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert frozen == {getattr(torch, precision)}
+    assert layer.lora_a.dtype == torch.float32
 
 
 # What it teaches

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from qlora import QuantizedTensor, dequantize_4bit, qlora_linear, quantize_4bit
@@ -205,7 +206,6 @@ def expanded(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("lay_out", [transposed, strided, shifted, expanded])
 def test_memory_layout_of_x_and_of_its_gradient(lay_out: Callable[[Tensor], Tensor]) -> None:
     made, plain = layer(6, 4), layer(6, 4)
-    plain.x = made.x.detach()
     made.x = lay_out(made.x.detach()).requires_grad_()
     plain.x = made.x.detach().contiguous().requires_grad_()
     y, expected = made(), plain.plain()
@@ -327,6 +327,17 @@ def saved(function: Callable[[], Tensor]) -> list[Tensor]:
 
 def bytes_of(*tensors: Tensor | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def test_no_tensor_is_held_behind_the_back_of_the_hooks() -> None:
+    """As an attribute of the node, where neither offload nor checkpointing would find it."""
+    waiting, nodes = [layer(10)(0.5).grad_fn], []
+    while waiting:
+        node = waiting.pop()
+        nodes += [node] if isinstance(node, QLoRALinearFunction._backward_cls) else []
+        waiting += [parent for parent, _ in node.next_functions if parent is not None]
+    (node,) = nodes
+    assert not any(isinstance(value, Tensor) for value in tree_leaves(vars(node)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

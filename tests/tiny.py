@@ -83,7 +83,7 @@ def tokens(rows: int = 2, length: int = 12, seed: int = 3) -> torch.Tensor:
 
 
 def examples(count: int = 12, seed: int = 4) -> list[Example]:
-    """Of different lengths, with prompts of different lengths masked; each learns its own digits."""
+    """Of different lengths, with masked prompts of different lengths, easy to learn."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for i in range(count):

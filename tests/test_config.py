@@ -1,0 +1,84 @@
+"""`QLoRAConfig`: the paper's defaults, and the values that it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from qlora import QLoRAConfig
+from qlora.kernels.formats import BLOCKSIZES, FORMATS, SCALE_FORMATS
+
+
+def test_the_defaults_are_the_papers() -> None:
+    """QLoRA, section 4 and appendix B: r 64, alpha 16, all linear layers, NF4 with double quantization."""
+    assert dataclasses.asdict(QLoRAConfig()) == {
+        "rank": 64,
+        "alpha": 16,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "format": "nf4",
+        "blocksize": 64,
+        "double_quant": True,
+        "scale_format": "dynamic8",
+    }
+    assert QLoRAConfig().scaling == 0.25
+
+
+def test_scaling_is_alpha_over_rank() -> None:
+    """LoRA, section 4.1."""
+    assert QLoRAConfig(rank=8, alpha=4).scaling == 0.5
+    assert QLoRAConfig(rank=1, alpha=32).scaling == 32
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        QLoRAConfig().rank = 8
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"format": format} for format in (*FORMATS, None)),
+        *({"blocksize": blocksize} for blocksize in BLOCKSIZES),
+        *({"scale_format": scale_format} for scale_format in SCALE_FORMATS),
+        {"rank": 1},
+        {"rank": 256},
+        {"dropout": 0.99},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*\.mlp\..*"},
+    ],
+)
+def test_allowed(settings: dict[str, Any]) -> None:
+    QLoRAConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank must be from 1 to 256; got 0"),
+        ({"rank": 257}, "rank must be from 1 to 256; got 257"),
+        ({"alpha": 0}, "alpha must be positive; got 0"),
+        ({"alpha": -1.0}, r"alpha must be positive; got -1\.0"),
+        ({"alpha": float("nan")}, "alpha must be positive; got nan"),
+        ({"dropout": -0.1}, r"dropout must be at least 0 and below 1; got -0\.1"),
+        ({"dropout": 1.0}, r"dropout must be at least 0 and below 1; got 1\.0"),
+        ({"dropout": float("nan")}, "dropout must be at least 0 and below 1; got nan"),
+        ({"target_modules": []}, r"target_modules must name at least one layer; got \[\]"),
+        ({"target_modules": ""}, "target_modules must name at least one layer; got ''"),
+        ({"format": "int3"}, "format must be one of nf4, .*; got 'int3'"),
+        ({"blocksize": 100}, "blocksize must be one of .*; got 100"),
+        ({"scale_format": "fp8"}, "scale_format must be one of dynamic8, e4m3; got 'fp8'"),
+        ({"scale_format": "", "double_quant": False}, "scale_format must be one of .*; got ''"),
+    ],
+)
+def test_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        QLoRAConfig(**settings)
+
+
+@pytest.mark.parametrize("rank", [8.0, "8", True, None])
+def test_a_rank_that_is_no_integer_is_refused(rank: Any) -> None:
+    with pytest.raises(TypeError, match="rank must be an integer; got"):
+        QLoRAConfig(rank=rank)

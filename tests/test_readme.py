@@ -1,0 +1,58 @@
+"""The README's code runs as it stands, but for the folder's name and the number of steps."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora.__main__ import main
+from tests import tiny
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model and data under the names that the README uses."""
+    tiny.llama().save_pretrained(tmp_path / "path/to/model")
+    tiny.tokenizer().save_pretrained(tmp_path / "path/to/model")
+    record = json.dumps({"prompt": "2 + 2 = ", "completion": "4"})
+    (tmp_path / "data.jsonl").write_text(f"{record}\n" * 4, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_fine_tuning_in_ten_lines(workplace: Path) -> None:
+    block = PYTHON_BLOCKS[0]
+    assert len(block.strip().splitlines()) <= 10
+    exec(block.replace("steps=100", "steps=1"), {})
+    merged = AutoModelForCausalLM.from_pretrained(workplace / "merged")
+    assert torch.isfinite(merged(torch.tensor([[0, 5, 9]])).logits).all()
+
+
+def test_tensors_on_their_own() -> None:
+    names = {"weight": torch.randn(512, 512)}
+    exec("import qlora\n" + PYTHON_BLOCKS[1], names)
+    assert f"{names['q'].bits_per_parameter:.3f}" == "4.127"
+    assert names["w"].shape == names["weight"].shape
+
+
+def test_every_command_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = re.findall(r"^qlora (\w+) ", README, re.MULTILINE)
+    assert commands == ["finetune", "evaluate", "generate", "merge"]
+    for command in commands:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"usage: qlora {command}" in capsys.readouterr().out
+
+
+def test_the_floor_plan_names_every_file_of_the_kernels() -> None:
+    for file in Path(__file__).parents[1].glob("kernels/*.py"):
+        assert file.name in README
