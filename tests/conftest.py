@@ -1,4 +1,4 @@
-"""Settings for the whole test run. Triton reads its interpreter switch when it is first imported."""
+"""Settings for the whole test run, made before Triton and torch are imported and read them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny here: threads would only wait
 
 import hypothesis
 import pytest

@@ -39,7 +39,6 @@ TESTED_BY = {
     "qlora/__init__.py": "test_structure.py",
     "qlora/__main__.py": "test_cli.py",
     "qlora/batching.py": "test_data.py",
-    "qlora/checkpoint.py": "test_train.py",
     "qlora/commands.py": "test_cli.py",
     "qlora/evaluation.py": "test_train.py",
     "qlora/generate.py": "test_cli.py",

@@ -1,11 +1,9 @@
-"""The loop: what it learns, what it counts, and that an interruption leaves no trace."""
+"""The loop: what it learns and what it counts."""
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from collections.abc import Callable
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora import train as train_module
 from qlora.adapters import adapter_parameters, load_adapter
 from qlora.batching import collate
 from qlora.data import IGNORE, Example
@@ -22,48 +19,7 @@ from qlora.evaluation import evaluate, summed_loss
 from qlora.recipe import TrainConfig, learning_rate
 from qlora.train import make_optimizer, train, train_step
 from tests import tiny
-
-SMALL = TrainConfig(
-    learning_rate=5e-3,
-    steps=6,
-    micro_batch_size=2,
-    gradient_accumulation_steps=2,
-    checkpoint_every=2,
-)
-
-
-def model(dropout: float = 0.0, **settings: Any) -> torch.nn.Module:
-    return tiny.quantized(tiny.llama(), dropout=dropout, **settings)
-
-
-def run(output: Path, config: TrainConfig = SMALL, dropout: float = 0.1, **options: Any) -> Any:
-    """(model, result) of a quiet run."""
-    trained = model(dropout)
-    options = {"progress": False, **options}
-    return trained, train(trained, tiny.examples(), config, output, **options)
-
-
-def metrics(output: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
-
-
-def same(left: torch.nn.Module, right: torch.nn.Module) -> bool:
-    """Bit for bit."""
-    pairs = zip(adapter_parameters(left).values(), adapter_parameters(right).values(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Let a run break off in the middle of the step after ``after`` steps."""
-
-    def step(*args: Any) -> dict[str, float]:
-        if args[-1] == after:
-            raise KeyboardInterrupt
-        return train_step(*args)
-
-    monkeypatch.setattr(train_module, "train_step", step)
-
+from tests.runs import SMALL, metrics, model, run, same
 
 # Settings
 
@@ -248,139 +204,6 @@ def test_training_leaves_modes_and_generators_as_they_were(tmp_path: Path) -> No
     assert {name for name, m in net.named_modules() if m.training} == {"lm_head"}
 
 
-# Interruption
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
-    output = tmp_path_factory.mktemp("uninterrupted")
-    return run(output)[0], output
-
-
-@pytest.mark.parametrize("after", [1, 3, 4])
-def test_a_resumed_run_is_bit_identical(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    uninterrupted: tuple[torch.nn.Module, Path],
-    after: int,
-) -> None:
-    with monkeypatch.context() as patch:
-        interrupt(patch, after)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path)
-    torch.manual_seed(99)  # whatever the generators are at by then
-    resumed, result = run(tmp_path)
-    whole, output = uninterrupted
-    assert result.resumed_from == 2 * (after // 2)
-    assert same(resumed, whole)
-    assert metrics(tmp_path) == metrics(output), "each step once, with the same numbers"
-
-
-def test_dropout_is_at_work_in_these_tests(
-    tmp_path: Path, uninterrupted: tuple[torch.nn.Module, Path]
-) -> None:
-    assert not same(run(tmp_path, dropout=0.0)[0], uninterrupted[0])
-
-
-def test_a_finished_run_is_not_run_again(
-    tmp_path: Path, uninterrupted: tuple[torch.nn.Module, Path]
-) -> None:
-    shutil.copytree(uninterrupted[1], tmp_path, dirs_exist_ok=True)
-    again, result = run(tmp_path)
-    assert same(again, uninterrupted[0])
-    assert (result.steps, result.resumed_from) == (6, 6)
-    assert result.loss == metrics(tmp_path)[-1]["loss"]
-
-
-def test_a_run_with_a_constant_rate_can_be_prolonged(
-    tmp_path: Path, uninterrupted: tuple[torch.nn.Module, Path]
-) -> None:
-    run(tmp_path, replace(SMALL, steps=3))
-    resumed, result = run(tmp_path)
-    assert result.resumed_from == 3
-    assert same(resumed, uninterrupted[0])
-
-
-def test_start_over(tmp_path: Path, uninterrupted: tuple[torch.nn.Module, Path]) -> None:
-    run(tmp_path, replace(SMALL, seed=1))
-    net, result = run(tmp_path, resume=False)
-    assert result.resumed_from == 0
-    assert same(net, uninterrupted[0])
-    assert len(metrics(tmp_path)) == 6
-
-
-def test_only_the_latest_checkpoints_are_kept(uninterrupted: tuple[torch.nn.Module, Path]) -> None:
-    names = sorted(path.name for path in uninterrupted[1].iterdir())
-    checkpoints = ["checkpoint-000004", "checkpoint-000006"]
-    adapter = ["adapter_config.json", "adapter_model.safetensors"]
-    assert names == [*adapter, *checkpoints, "metrics.jsonl", "qlora_config.json"]
-    held = {path.suffix for path in uninterrupted[1].rglob("*") if path.is_file()}
-    assert held == {".json", ".jsonl", ".safetensors"}, "nothing pickled"
-
-
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("file", ["optimizer.safetensors", "adapter_model.safetensors"])
-@pytest.mark.parametrize("damage", [_truncate, _flip, Path.unlink])
-def test_a_damaged_checkpoint_is_passed_over(
-    tmp_path: Path,
-    uninterrupted: tuple[torch.nn.Module, Path],
-    file: str,
-    damage: Callable[[Path], None],
-) -> None:
-    shutil.copytree(uninterrupted[1], tmp_path, dirs_exist_ok=True)
-    damage(tmp_path / "checkpoint-000006" / file)
-    with pytest.warns(UserWarning, match="checkpoint-000006 is damaged"):
-        resumed, result = run(tmp_path)
-    assert result.resumed_from == 4
-    assert same(resumed, uninterrupted[0])
-    assert metrics(tmp_path) == metrics(uninterrupted[1])
-
-
-def test_what_was_half_written_is_never_read(
-    tmp_path: Path, uninterrupted: tuple[torch.nn.Module, Path]
-) -> None:
-    shutil.copytree(uninterrupted[1], tmp_path, dirs_exist_ok=True)
-    half = tmp_path / ".checkpoint-000008.4711.tmp"
-    shutil.copytree(tmp_path / "checkpoint-000006", half)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "lo')
-    _, result = run(tmp_path)
-    assert result.resumed_from == 6
-    assert not half.exists()
-    assert metrics(tmp_path) == metrics(uninterrupted[1])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"config": replace(SMALL, beta2=0.9)}, "recipe beta2 = 0.999, and now it is 0.9"),
-        ({"config": replace(SMALL, micro_batch_size=4)}, "recipe micro_batch_size = 2"),
-        ({"dropout": 0.2}, r"adapter dropout = 0\.1, and now it is 0\.2"),
-        ({"rank": 8}, "adapter rank = 4, and now it is 8"),
-        ({"format": "fp4"}, "adapter format = 'nf4', and now it is 'fp4'"),
-        ({"data": tiny.examples(11)}, "data examples = 12, and now it is 11"),
-        ({"data": tiny.examples(12, seed=5)}, "data sha256"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused(
-    uninterrupted: tuple[torch.nn.Module, Path], change: dict[str, Any], message: str
-) -> None:
-    config = change.pop("config", SMALL)
-    data = change.pop("data", tiny.examples())
-    net = model(**{"dropout": 0.1} | change)
-    with pytest.raises(ValueError, match=message):
-        train(net, data, config, uninterrupted[1], progress=False)
-
-
 # Mistakes
 
 
@@ -435,7 +258,7 @@ def test_evaluation_takes_batches_and_leaves_the_model_as_it_was() -> None:
 def test_progress_without_tqdm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
     run(tmp_path, progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 6
