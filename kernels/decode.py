@@ -18,9 +18,7 @@ NESTED_BLOCKSIZE = tl.constexpr(formats.NESTED_BLOCKSIZE)
 
 
 @triton.jit
-def load_absmax(
-    block, mask, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, scale_codebook_ptr
-):
+def load_absmax(block, mask, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, scale_codebook_ptr):
     """The fp32 absmax of each block; read as it is, or decoded if it is double-quantized.
 
     QLoRA, section 3: scale_codebook[code] * nested_absmax[block // 256] + nested_offset. The product and the
@@ -60,13 +58,13 @@ def load_weight_tile(
     nested_offset_ptr,
     codebook,
     scale_codebook_ptr,
-    DTYPE: tl.constexpr,
+    dtype: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     SCALE_WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """W[rows, column : column + COLUMNS] as DTYPE [ROWS, COLUMNS], from a packed W [n, k] with even k.
+    """W[rows, column : column + COLUMNS] as `dtype` [ROWS, COLUMNS], from a packed W [n, k] with even k.
 
     `rows` is int64. SCALE_WIDTH neighbouring columns (a power of two, see `scale_width`) share a scale in
     every row, so a row of the tile takes COLUMNS / SCALE_WIDTH scales, or one. Past the end of a row the
@@ -82,15 +80,15 @@ def load_weight_tile(
         nested_offset_ptr,
         scale_codebook_ptr,
     )
-    bytes = column // 2 + tl.arange(0, COLUMNS // 2)
+    byte = column // 2 + tl.arange(0, COLUMNS // 2)
     packed = tl.load(
-        packed_ptr + rows[:, None] * row_bytes + bytes[None, :],
-        mask=row_mask[:, None] & (bytes[None, :] < row_bytes),
+        packed_ptr + rows[:, None] * row_bytes + byte[None, :],
+        mask=row_mask[:, None] & (byte[None, :] < row_bytes),
         other=0,
     )
     values = decode_nibbles(packed, codebook, ROWS, COLUMNS // 2)
     scaled = values.reshape(ROWS, SCALES, COLUMNS // SCALES) * absmax[:, :, None]
-    return round_to(scaled.reshape(ROWS, COLUMNS), DTYPE)
+    return round_to(scaled.reshape(ROWS, COLUMNS), dtype)
 
 
 def scale_width(k: int, blocksize: int) -> int:
@@ -99,7 +97,7 @@ def scale_width(k: int, blocksize: int) -> int:
     Blocks run over the flattened weight, so a block boundary falls on a multiple of the largest power of
     two that divides both k and the blocksize.
     """
-    return min(blocksize, k & -k)
+    return min(blocksize, k & -k or blocksize)
 
 
 def weight_arguments(
@@ -111,12 +109,15 @@ def weight_arguments(
     scale_format: str,
 ) -> dict[str, Tensor | None]:
     """The pointers a kernel decodes a weight from, by parameter name; None where not double-quantized."""
-    nested = nested_absmax is not None
+    scale_codebook = None
+    if nested_absmax is not None:
+        nested_absmax = nested_absmax.contiguous()
+        scale_codebook = formats.scale_codebook(scale_format, packed.device)
     return {
         "packed_ptr": packed.contiguous(),
         "absmax_ptr": absmax.contiguous(),
-        "nested_absmax_ptr": nested_absmax.contiguous() if nested else None,
+        "nested_absmax_ptr": nested_absmax,
         "nested_offset_ptr": nested_offset,
         "codebook_ptr": formats.codebook(format, packed.device),
-        "scale_codebook_ptr": formats.scale_codebook(scale_format, packed.device) if nested else None,
+        "scale_codebook_ptr": scale_codebook,
     }

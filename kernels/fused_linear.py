@@ -55,7 +55,7 @@ def _low_rank_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _qlora_forward_kernel(
     x_ptr,
     packed_ptr,
@@ -116,7 +116,7 @@ def _qlora_forward_kernel(
     for start in range(0, k, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         x = tl.load(
-            x_ptr + token[None, :] * stride_xm + column[:, None] * stride_xk,
+            x_ptr + token[None, :] * stride_xm + column[:, None].to(tl.int64) * stride_xk,
             mask=token_mask & (column[:, None] < k),
             other=0.0,
         )
@@ -170,7 +170,15 @@ def qlora_forward(
     h = lora_project(x, lora_a, rng, dropout)
     if not tuning.can_fuse(k, x.dtype):
         weight = dequantize_4bit(
-            packed, absmax, nested_absmax, nested_offset, format, blocksize, scale_format, [n, k], x.dtype
+            packed,
+            absmax,
+            nested_absmax,
+            nested_offset,
+            format,
+            blocksize,
+            scale_format,
+            [n, k],
+            x.dtype,
         )
         return F.linear(x, weight, bias).addmm_(h, lora_b.mT, alpha=scaling), h
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -205,7 +213,7 @@ def qlora_forward(
     return y, h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "threshold"])
 def _qlora_grad_x_kernel(
     grad_y_ptr,
     packed_ptr,
@@ -324,7 +332,15 @@ def qlora_grad_x(
     (m, n), (r, k) = grad_y.shape, lora_a.shape
     if not tuning.can_fuse(k, grad_y.dtype):
         weight = dequantize_4bit(
-            packed, absmax, nested_absmax, nested_offset, format, blocksize, scale_format, [n, k], g.dtype
+            packed,
+            absmax,
+            nested_absmax,
+            nested_offset,
+            format,
+            blocksize,
+            scale_format,
+            [n, k],
+            g.dtype,
         )
         grad_x = grad_y @ weight
         if rng is None:

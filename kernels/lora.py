@@ -60,7 +60,7 @@ def _lora_project_kernel(
     for start in range(split * reduction, min((split + 1) * reduction, k), BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         x = tl.load(
-            x_ptr + row[:, None] * stride_xm + column[None, :] * stride_xk,
+            x_ptr + row[:, None] * stride_xm + column[None, :].to(tl.int64) * stride_xk,
             mask=row_mask & (column[None, :] < k),
             other=0.0,
         )
@@ -147,7 +147,7 @@ def _lora_grad_kernel(
     for start in range(split * reduction, min((split + 1) * reduction, m), BLOCK_M):
         token = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         left = tl.load(
-            wide_ptr + token[None, :] * stride_wm + row[:, None] * stride_ww,
+            wide_ptr + token[None, :] * stride_wm + row[:, None].to(tl.int64) * stride_ww,
             mask=row_mask & (token[None, :] < m),
             other=0.0,
         )

@@ -312,7 +312,7 @@ def _fake_lora_project(x: Tensor, weight: Tensor, rng: Tensor | None, dropout: f
 
 _define(
     "lora_project(Tensor x, Tensor weight, Tensor? rng, float dropout) -> Tensor",
-    "fused_linear",
+    "lora",
     _fake_lora_project,
 )
 
@@ -336,7 +336,7 @@ def _fake_lora_grad(
 
 _define(
     "lora_grad(Tensor left, Tensor right, Tensor? rng, float scaling, float dropout) -> Tensor",
-    "fused_linear",
+    "lora",
     _fake_lora_grad,
 )
 

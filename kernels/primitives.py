@@ -17,29 +17,26 @@ def to_float32(x):
     """x as fp32, exactly."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        return bits.to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
 
 
 @triton.jit
-def round_to(x, DTYPE: tl.constexpr):
-    """fp32 x rounded to DTYPE, to nearest, ties to even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+def round_to(x, dtype: tl.constexpr):
+    """fp32 x rounded to `dtype`, to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(DTYPE)
+        x = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
 def dot(a, b, acc):
     """acc + a b in fp32; fp32 operands are multiplied as such, not in tf32."""
     if INTERPRETED:
-        return tl.dot(to_float32(a), to_float32(b), acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc, input_precision="ieee")
+        a, b = to_float32(a), to_float32(b)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -16,7 +16,7 @@ Config = dict[str, int]
 QUANTIZE_4BIT: Config = {"TILE": 4096, "num_warps": 4}
 DEQUANTIZE_4BIT: Config = {"TILE": 8192, "num_warps": 4}
 QUANTIZE_ABSMAX: Config = {"ROWS": 4, "num_warps": 4}
-DEQUANTIZE_ABSMAX: Config = {"TILE": 1024, "num_warps": 4}
+DEQUANTIZE_ABSMAX: Config = {"TILE": 2048, "num_warps": 4}
 
 
 def blockwise(config: Config, blocksize: int) -> Config:

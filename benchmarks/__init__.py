@@ -1,0 +1,1 @@
+"""Measurements of the library beside its peers; never imported by the library."""

@@ -1,0 +1,158 @@
+"""The kernels as compiled for real GPUs: held on any machine, GPU or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import static, static_cases
+
+ROOT = Path(__file__).parents[1]
+ARCHS = (80, 90)
+MATRIX_KERNELS = {"qlora_forward", "qlora_grad_x", "lora_project", "lora_grad"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The command's output, one process per architecture: the interpreter must be off in it."""
+    cache = tmp_path_factory.mktemp("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+    def compile_for(arch: int) -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", "benchmarks.static", "--json", "--arch", str(arch)]
+        variables = environment | {"TRITON_CACHE_DIR": str(cache / str(arch))}
+        output = subprocess.run(
+            command, cwd=ROOT, env=variables, check=True, capture_output=True, text=True
+        ).stdout
+        return json.loads(output)
+
+    with ThreadPoolExecutor() as pool:
+        return [row for rows in pool.map(compile_for, ARCHS) for row in rows]
+
+
+def _rows(rows: list[dict[str, Any]], **values: Any) -> list[dict[str, Any]]:
+    return [row for row in rows if all(row[name] == value for name, value in values.items())]
+
+
+def test_every_kernel_is_compiled(rows: list[dict[str, Any]]) -> None:
+    blockwise = {"quantize_4bit", "dequantize_4bit", "quantize_absmax", "dequantize_absmax"}
+    for arch in ARCHS:
+        kernels = {row["kernel"] for row in _rows(rows, arch=f"sm_{arch}")}
+        assert kernels == blockwise | MATRIX_KERNELS
+
+
+def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
+    assert [row for row in rows if row["spill_bytes"]] == []
+
+
+def test_shared_memory_fits(rows: list[dict[str, Any]]) -> None:
+    limits = {f"sm_{arch}": limit for arch, limit in static.SHARED_LIMIT_BYTES.items()}
+    assert [row for row in rows if row["shared_bytes"] > limits[row["arch"]]] == []
+
+
+def test_registers_fit(rows: list[dict[str, Any]]) -> None:
+    """A block's registers: 65,536 on a multiprocessor."""
+    assert [row for row in rows if row["registers"] * row["warps"] * 32 > 65536] == []
+
+
+@pytest.mark.parametrize(("arch", "instruction"), [("sm_80", "mma.sync"), ("sm_90", "wgmma")])
+def test_matrix_kernels_use_the_tensor_cores(
+    rows: list[dict[str, Any]], arch: str, instruction: str
+) -> None:
+    found = [row for row in _rows(rows, arch=arch) if row["kernel"] in MATRIX_KERNELS]
+    half = [row for row in found if not row["case"].startswith("fp32")]
+    assert len(half) >= 10
+    assert [row for row in half if row["matrix_instruction"] != instruction] == []
+    # fp32 is multiplied as fp32, not in tf32.
+    assert {row["matrix_instruction"] for row in found if row not in half} == {""}
+
+
+def test_loads_are_wide(rows: list[dict[str, Any]]) -> None:
+    """16 bytes a thread, of packed weights and of activations."""
+    assert [row for row in rows if row["load_bits"] < 128] == []
+
+
+def test_instructions_per_weight(rows: list[dict[str, Any]]) -> None:
+    """Dequantize is bound by memory below about 24 instructions per weight on an H100 (see NOTES.md)."""
+    for row in _rows(rows, kernel="dequantize_4bit"):
+        assert row["sass_per_weight"] <= 12
+    for row in _rows(rows, arch="sm_90"):
+        if row["kernel"].startswith("qlora") and not row["case"].startswith("fp32"):
+            assert row["sass_per_weight"] <= 12
+
+
+def test_scales_are_decoded_without_fused_multiply_add(rows: list[dict[str, Any]]) -> None:
+    """A product and a sum, each rounded, as in the reference: contraction would change last bits."""
+    decoding = [row for row in rows if row["kernel"].startswith("dequantize")]
+    decoding += [
+        row for row in rows if row["kernel"].startswith("qlora") and "fp32" not in row["case"]
+    ]
+    assert [row for row in decoding if row["fused_multiply_adds"]] == []
+
+
+def test_the_left_operand_is_in_registers(rows: list[dict[str, Any]]) -> None:
+    """wgmma takes the decoded weight from registers."""
+    fused = [row for row in _rows(rows, arch="sm_90") if row["kernel"].startswith("qlora")]
+    half = [row for row in fused if not row["case"].startswith("fp32")]
+    assert half
+    assert {row["left_operand"] for row in half} == {"registers"}
+
+
+# --- The tool itself --------------------------------------------------------------------------------
+
+
+LISTING = """
+kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R8], desc[UR4][R6.64] ;
+        /*0030*/                   HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
+        /*0040*/               @P1 BRA `(.L_x_0) ;
+        /*0050*/                   EXIT ;
+.L_x_1:
+        /*0060*/                   BRA `(.L_x_1);
+        /*0070*/                   NOP;
+"""
+
+
+def test_parse_finds_the_loop() -> None:
+    instructions, loops = static._parse(LISTING)
+    assert instructions[0] == ("LDC", "R1, c[0x0][0x28]")
+    assert len(instructions) == 7
+    assert loops == [(1, 5)]
+
+
+@pytest.mark.parametrize(
+    ("opcode", "bits"),
+    [
+        ("LDG.E.U8", 8),
+        ("LDG.E.U16.CONSTANT", 16),
+        ("LDG.E", 32),
+        ("LDG.E.64", 64),
+        ("LDG.E.128.CONSTANT", 128),
+        ("LDGSTS.E.BYPASS.128", 128),
+        ("LDG.E.EF.LTC128B.128", 128),
+        ("LDG.E.LTC128B", 32),
+    ],
+)
+def test_width_of_a_load(opcode: str, bits: int) -> None:
+    assert static._width(opcode) == bits
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), static.compile_only(90):
+        pass
+
+
+def test_cases_cover_dtypes_scales_and_blocksizes() -> None:
+    names = " ".join(case.name for case in static_cases.cases(every=True))
+    for word in ("bf16", "fp16", "fp32", "plain", "nested", "blocksize=32", "blocksize=4096"):
+        assert word in names
