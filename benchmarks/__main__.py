@@ -1,0 +1,134 @@
+"""The command line: `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import machine, plot, results
+from benchmarks.harness import Case, Measurement, Settings, clock_for, measure
+from benchmarks.peers import quiet
+from benchmarks.suite import GROUPS, all_cases
+from qlora import files
+
+_DESCRIPTION = """\
+Time what this machine can run, beside the peers that are installed.
+
+All contenders of a case run in turns in this process, on the same weights, down to the bytes. Each one's result is
+held to an fp64 oracle first: one that is wrong is not timed. Ratios are of medians.
+
+other commands:
+  python -m benchmarks static    what the compiler makes of the GPU kernels; needs no GPU
+  python -m benchmarks plot      draw speed-up bars from stored results
+
+groups of cases:
+"""
+_EPILOG = """\
+examples:
+  python -m benchmarks                       everything, a few minutes
+  python -m benchmarks --quick               small shapes and few rounds, to see that all runs
+  python -m benchmarks --only step           the fine-tuning step alone
+  OMP_NUM_THREADS=1 python -m benchmarks     on one thread
+
+The exit status is 1 if a result of ours was wrong or a limit was not kept. For figures to publish, leave
+the machine idle: compare p20 and p80 to see how much others disturbed.
+"""
+_QUICK = Settings(seconds=1.0, min_rounds=3, max_rounds=10)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["static"]:
+        from benchmarks import static  # needs triton, which not every platform has
+
+        return static.main(argv[1:])
+    if argv[:1] == ["plot"]:
+        return plot.main(argv[1:])
+    return _run(_parser().parse_args(argv))
+
+
+def _parser() -> argparse.ArgumentParser:
+    groups = "\n".join(f"  {name:<12}{what}" for name, what in GROUPS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=_DESCRIPTION + groups,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--only", type=_groups, metavar="GROUP[,GROUP]", help="these groups")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument(
+        "--seconds", type=float, help="time to spend on the rounds of a case (default: 8)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="JSON",
+        help="where to write the result (default: benchmarks/results/DEVICE.json, with the groups or"
+        " 'quick' in its name if it is not everything)",
+    )
+    return parser
+
+
+def _groups(text: str) -> list[str]:
+    chosen = text.split(",")
+    if unknown := [name for name in chosen if name not in GROUPS]:
+        raise argparse.ArgumentTypeError(
+            f"must be of {', '.join(GROUPS)}; got {', '.join(unknown)}"
+        )
+    return chosen
+
+
+def _run(options: argparse.Namespace) -> int:
+    device = torch.device(options.device)
+    settings = _QUICK if options.quick else Settings()
+    if options.seconds is not None:
+        settings = Settings(options.seconds, settings.min_rounds, settings.max_rounds)
+    with quiet():
+        cases = all_cases(device, options.only or list(GROUPS), options.quick)
+        measurements = _measure(cases, settings, device)
+    result = results.record(measurements, settings, device)
+    print(results.table(result))
+    path = options.output or plot.RESULTS / f"{_stem(options, result)}.json"
+    files.write_json(path, result)
+    print(f"\nwritten to {path}")
+    _draw(result, path, options.output is None)
+    failures = results.failures(result)
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _measure(cases: list[Case], settings: Settings, device: torch.device) -> list[Measurement]:
+    measurements = []
+    with tqdm(cases, unit="case", dynamic_ncols=True) as bar:
+        # In a log file a line for each case is enough.
+        report = bar.set_postfix_str if sys.stderr.isatty() else lambda doing: None
+        for case in bar:
+            bar.set_description(f"{case.group}: {case.name}")
+            measurements.append(measure(case, settings, clock_for(device), report))
+    return measurements
+
+
+def _stem(options: argparse.Namespace, result: dict) -> str:
+    words = [machine.file_stem(result["device"]), *(options.only or [])]
+    return "-".join([*words, "quick"] if options.quick else words)
+
+
+def _draw(result: dict, path: Path, in_place: bool) -> None:
+    folder = plot.PLOTS if in_place else path.parent
+    try:
+        print(f"drawn to {plot.draw(result, folder / f'{path.stem}.png')}")
+    except ImportError:
+        print("not drawn: matplotlib is not installed")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

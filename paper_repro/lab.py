@@ -1,0 +1,191 @@
+"""Where measurements are kept, and under which key, so that nothing is measured twice.
+
+A measurement is a JSON file named by a digest of everything that determines it: what is measured with
+which settings, the model and text, the library's own code, torch's version and the device. A run that
+was killed finds what it had measured; a change in the library's code makes it measure again.
+"""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import qlora
+from qlora import files
+
+# What only shows results has one of these names, or begins with `show_`.
+PRESENTATION = {"CLAIMS", "EXPERIMENT", "section", "plots"}
+
+HERE = Path(__file__).parent
+OUT = HERE / "out"
+
+
+def cache_folder() -> Path:
+    """`$QLORA_CACHE`, or ~/.cache/qlora."""
+    return Path(os.environ.get("QLORA_CACHE") or "~/.cache/qlora").expanduser().absolute()
+
+
+class Lab:
+    """The cache folder, what has been measured so far, and the provenance of each number.
+
+    Attributes:
+        folder: the cache folder: downloads, the converted model, measurements, training runs.
+        fresh: measure anew what is remembered.
+    """
+
+    def __init__(self, folder: Path | None = None, fresh: bool = False) -> None:
+        self.folder = folder or cache_folder()
+        self.fresh = fresh
+        self._used: list[dict[str, Any]] = []
+
+    @contextmanager
+    def lock(self) -> Iterator[Lab]:
+        """Hold the cache folder for this process, and wait for another that holds it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"Another run is using {self.folder}; waiting for it ...", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield self
+
+    def measure(
+        self,
+        what: str,
+        settings: Mapping[str, Any],
+        function: Callable[[], dict[str, Any]],
+        modules: Sequence[ModuleType] = (),
+    ) -> dict[str, Any]:
+        """The remembered value of `function()`, or its value now, which is remembered.
+
+        Args:
+            what: a short name; it is part of the file's name.
+            settings: everything that determines the value besides the library and the device.
+            function: measures; returns what can be written as JSON. The code of its module is part of
+                the key, without what only presents results.
+            modules: further modules whose code determines the value.
+        """
+        sources = [Path(function.__code__.co_filename), *(Path(m.__file__) for m in modules)]
+        key = {**self.key(settings), "code": code_digest(sources)}
+        path = self.folder / "measured" / f"{what}-{_digest(key)[:16]}.json"
+        if self.fresh or not path.is_file():
+            started = time.monotonic()
+            value = function()
+            record = {"key": key, "value": value, "provenance": provenance()}
+            record["seconds"] = round(time.monotonic() - started, 1)
+            files.write_json(path, record)
+        record = files.read_json(path)
+        self._used.append(record)
+        return record["value"]
+
+    def run_folder(self, what: str, settings: Mapping[str, Any]) -> Path:
+        """A folder for a training run with these settings, in which it resumes."""
+        return self.folder / "runs" / f"{what}-{_digest(self.key(settings))[:16]}"
+
+    def key(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **settings,
+            "library": library_digest(),
+            "torch": torch.__version__,
+            "device": device_name(),
+        }
+
+    def collect(self) -> dict[str, Any]:
+        """Provenance of all that was measured since the last call: distinct origins and their seconds."""
+        origins = {_digest(record["provenance"]): record["provenance"] for record in self._used}
+        seconds = sum(record["seconds"] for record in self._used)
+        self._used = []
+        return {"measured_on": list(origins.values()), "seconds": round(seconds, 1)}
+
+
+@cache
+def library_digest() -> str:
+    """A digest of the library's code; comments, docstrings and layout do not count."""
+    root = Path(qlora.__file__).parent
+    return code_digest([*sorted(root.glob("*.py")), *sorted((root / "kernels").glob("*.py"))])
+
+
+def code_digest(sources: Iterable[Path]) -> str:
+    """A digest of what the code does, not of how it is commented, laid out or its results presented."""
+    digest = hashlib.sha256()
+    for path in sources:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if not _only_shows(node)]
+        for node in ast.walk(tree):
+            if isinstance(getattr(node, "body", None), list):
+                node.body = [child for child in node.body if not _is_text(child)]
+        digest.update(f"{path.name}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()
+
+
+def _only_shows(statement: ast.stmt) -> bool:
+    """Whether a module's statement defines something that presents results."""
+    targets = getattr(statement, "targets", [getattr(statement, "target", statement)])
+    names = [getattr(target, "id", getattr(target, "name", "")) for target in targets]
+    return any(name in PRESENTATION or name.startswith("show_") for name in names)
+
+
+def _is_text(node: ast.AST) -> bool:
+    """Whether a statement is a string by itself: a docstring."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def provenance() -> dict[str, Any]:
+    """Device, versions and commit, as far as they can be told."""
+    import transformers
+
+    return {
+        "device": device_name(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+    }
+
+
+@cache
+def device_name() -> str:
+    """The processor's name. All experiments so far run on the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
+
+
+@cache
+def commit() -> str:
+    """The repository's commit, with a mark if files differ from it; "unknown" outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        described = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

