@@ -30,7 +30,7 @@ quantize_absmax = reference.quantize_absmax
 @cache
 def _pairs(format: str) -> Tensor:
     """complex64 [256]: the two fp32 values of each byte, as one opaque 8-byte element."""
-    code = torch.arange(256)
+    code = torch.arange(256, device="cpu")
     values = formats.codebook(format, torch.device("cpu"))
     return values[torch.stack([code >> 4, code & 15], dim=1)].view(torch.complex64).view(-1)
 
@@ -57,13 +57,17 @@ def dequantize_4bit(
     """See `reference.dequantize_4bit`."""
     if nested_absmax is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, nested_offset, scale_format)
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
     flat = out.view(-1)
     in_place = dtype == torch.float32 and flat.numel() % 2 == 0
     for start in range(0, flat.numel(), _SLAB):
         slab = flat[start : start + _SLAB]
         codes = packed[start // 2 : (start + _SLAB) // 2]
-        values = slab if in_place else torch.empty(2 * codes.numel())
+        values = (
+            slab
+            if in_place
+            else torch.empty(2 * codes.numel(), dtype=torch.float32, device=packed.device)
+        )
         _decode(codes, format, values)
         _scale_blocks_(values[: slab.numel()], absmax[start // blocksize :], blocksize)
         if not in_place:
@@ -178,8 +182,8 @@ def dropout_mask(rng: Tensor, m: int, k: int, dropout: float) -> Tensor:
     """See `reference.dropout_mask`. Hashes the elements in int32, whose products wrap as uint32's do."""
     seed, offset = rng.to(torch.int64).unbind()
     call_key = reference.hash_u32(reference.hash_u32(seed) ^ (offset & reference.UINT32))
-    row_key = reference.hash_u32(call_key ^ torch.arange(m)).to(torch.int32)
-    x = row_key[:, None] ^ torch.arange(k, dtype=torch.int32)[None, :]
+    row_key = reference.hash_u32(call_key ^ torch.arange(m, device=rng.device)).to(torch.int32)
+    x = row_key[:, None] ^ torch.arange(k, dtype=torch.int32, device=rng.device)[None, :]
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= 0x7FEB352D
     x ^= (x >> 15).bitwise_and_(0x1FFFF)

@@ -12,6 +12,7 @@ where the thresholds are the fp32 midpoints between neighbouring values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,8 +40,8 @@ class Format:
     @property
     def thresholds(self) -> Tensor:
         """fp32 [15]: midpoints of neighbouring values, ascending, padded with +inf if a value repeats."""
-        values = torch.tensor([value for value, _ in self._ranked()], dtype=torch.float32)
-        padding = torch.full((16 - len(values),), torch.inf)
+        values = _float32([value for value, _ in self._ranked()])
+        padding = _float32([torch.inf] * (16 - len(values)))
         return torch.cat([(values[:-1] + values[1:]) / 2, padding])
 
     @property
@@ -71,9 +72,14 @@ class ScaleFormat:
     @property
     def thresholds(self) -> Tensor:
         """fp32 [255]: midpoints of neighbouring values, ascending, +inf between repeated values."""
-        values = torch.tensor(self.values, dtype=torch.float32)
+        values = _float32(self.values)
         midpoints = (values[:-1] + values[1:]) / 2
         return torch.where(values[1:] > values[:-1], midpoints, torch.inf)
+
+
+def _float32(values: Sequence[float]) -> Tensor:
+    """On the CPU, whatever torch's default dtype and device are."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _signed(magnitudes: list[float]) -> tuple[float, ...]:
@@ -89,14 +95,14 @@ def _dynamic_map() -> tuple[float, ...]:
     """
     magnitudes = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         magnitudes += ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)).tolist()
     return tuple(sorted([-m for m in magnitudes] + [0.0] + magnitudes + [1.0]))
 
 
 def _e4m3_map() -> tuple[float, ...]:
     """The finite values of the 8-bit float e4m3 (Micikevicius et al. 2022), divided by the largest."""
-    bits = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    bits = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
     finite = torch.unique(bits[bits.isfinite()]) / 448 + 0.0  # the sum turns -0 into +0
     return tuple(finite.tolist() + [1.0] * (256 - len(finite)))
 

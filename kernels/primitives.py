@@ -40,13 +40,20 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def _nan_maximum(a, b):
+    """The larger of two values, NaN if either is: by default a device's maximum drops a NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def normalize(x):
     """Scale each row of x [blocks, blocksize] into [-1, 1]: (x * (1 / absmax), absmax [blocks]).
 
     QLoRA, section 2, equation 1. The division is IEEE's. A tiny absmax, whose reciprocal would overflow, is
-    lifted by a power of two first, together with its block; a row of zeros is multiplied by 1 / inf = 0.
+    lifted by a power of two first, together with its block; a row of zeros is multiplied by 1 / inf = 0. A NaN
+    survives in its row's absmax, where the caller looks for it.
     """
-    absmax = tl.max(tl.abs(x), axis=1)
+    absmax = tl.reduce(tl.abs(x), 1, _nan_maximum)
     lift = tl.where(absmax < 2.0**-100, 2.0**64, 1.0)
     divisor = tl.where(absmax > 0, absmax * lift, float("inf"))
     inverse = tl.math.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)

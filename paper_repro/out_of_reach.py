@@ -23,7 +23,9 @@ class OutOfReach:
 
 
 _LLAMA = "LLaMA weights are in no package"
-_FINETUNE = "`qlora finetune LLAMA_FOLDER DATA.jsonl OUTPUT` (the Guanaco recipe is the default)"
+_FINETUNE = (
+    "`qlora finetune LLAMA_FOLDER DATA.jsonl --output DIR` (the Guanaco recipe is the default)"
+)
 
 CLAIMS = (
     OutOfReach(
@@ -60,6 +62,6 @@ CLAIMS = (
         "Input gradients: 567 MB, 18 MB with gradient checkpointing (7B, batch 1, length 512)",
         "at least 20 times less",
         "needs a GPU",
-        "one training step with and without `--gradient-checkpointing`",
+        "one training step with `--gradient-checkpointing` and with `--no-gradient-checkpointing`",
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ class QuantizationReport:
         adapted: names of the layers that got an adapter.
         left_alone: names of the linear layers that stay as they were (output embeddings, tied weights).
         quantized_parameters: weights held in 4 bits.
+        dense_parameters: all other frozen parameters: embeddings, norms, biases, and whatever is no linear
+            layer (experts held as one 3-D parameter, say).
         quantized_bytes: the bytes that these weights and their scales take.
         trainable_parameters: the adapters' parameters.
         bytes_before, bytes_after: all parameters and buffers of the model, adapters included.
@@ -31,6 +33,7 @@ class QuantizationReport:
     adapted: tuple[str, ...]
     left_alone: tuple[str, ...]
     quantized_parameters: int
+    dense_parameters: int
     quantized_bytes: int
     trainable_parameters: int
     bytes_before: int
@@ -45,6 +48,7 @@ class QuantizationReport:
         rows = [
             ("quantized layers", f"{len(self.quantized):,}"),
             ("quantized parameters", f"{self.quantized_parameters:,}"),
+            ("parameters left dense", f"{self.dense_parameters:,}"),
             ("bits per parameter", f"{self.bits_per_parameter:.3f}"),
             ("layers with an adapter", f"{len(self.adapted):,}"),
             ("trainable parameters", f"{self.trainable_parameters:,}"),
@@ -75,7 +79,7 @@ def quantize_model(model: nn.Module, config: QLoRAConfig | None = None) -> Quant
         A report of what was done.
 
     Raises:
-        ValueError: no layer matches `target_modules`, the model has been converted already, or a weight
+        ValueError: a part of `target_modules` matches no layer, the model has been converted already, or a weight
             is not finite; the message names the layer. The model is unchanged then.
     """
     config = config or QLoRAConfig()
@@ -85,13 +89,7 @@ def quantize_model(model: nn.Module, config: QLoRAConfig | None = None) -> Quant
         raise ValueError("model must not have been converted before; it holds LoRA layers already")
     bytes_before = _model_bytes(model)
     linears, left_alone = _find_linears(model)
-    is_target = _matcher(config.target_modules)
-    adapted = [name for name in linears if is_target(name)]
-    if not adapted:
-        raise ValueError(
-            f"target_modules must match a linear layer; {config.target_modules!r} matches none of"
-            f" {_some(linears)}"
-        )
+    adapted = _choose(config.target_modules, linears)
     chosen = adapted if config.format is None else list(linears)
     replacements = _replacements(linears, chosen, frozenset(adapted), config)
     model.requires_grad_(False)
@@ -128,20 +126,37 @@ def _embedding_weights(model: nn.Module) -> Iterator[Tensor]:
             yield from (part.weight for part in head.modules() if hasattr(part, "weight"))
 
 
-def _matcher(target_modules: str | Iterable[str]) -> Callable[[str], bool]:
+def _choose(target_modules: str | Iterable[str], names: Iterable[str]) -> list[str]:
+    """The names that `target_modules` means, of which each part must mean at least one."""
     if target_modules == ALL_LINEAR:
-        return lambda name: True
+        return _at_least_one(list(names), target_modules, names)
     if isinstance(target_modules, str):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise ValueError(
-                f"target_modules must be 'all-linear', names or a regular expression;"
-                f" got {target_modules!r} ({error})"
-            ) from error
-        return lambda name: pattern.fullmatch(name) is not None
-    endings = tuple(f".{target}" for target in target_modules)
-    return lambda name: f".{name}".endswith(endings)
+        pattern = _compile(target_modules)
+        matching = [name for name in names if pattern.fullmatch(name)]
+        return _at_least_one(matching, target_modules, names)
+    chosen: set[str] = set()
+    for target in target_modules:
+        matching = [name for name in names if f".{name}".endswith(f".{target}")]
+        chosen.update(_at_least_one(matching, target, names))
+    return [name for name in names if name in chosen]
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"target_modules must be 'all-linear', names or a regular expression;"
+            f" got {pattern!r} ({error})"
+        ) from error
+
+
+def _at_least_one(matching: list[str], target: str, names: Iterable[str]) -> list[str]:
+    if not matching:
+        raise ValueError(
+            f"target_modules must match a linear layer; {target!r} matches none of {_some(names)}"
+        )
+    return matching
 
 
 def _some(names: Iterable[str], count: int = 8) -> str:
@@ -206,6 +221,7 @@ def _report(
         adapted=tuple(name for name, layer in layers.items() if layer.lora_a is not None),
         left_alone=tuple(left_alone),
         quantized_parameters=sum(weight.numel for weight in weights.values()),
+        dense_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         quantized_bytes=sum(weight.nbytes for weight in weights.values()),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         bytes_before=bytes_before,

@@ -99,9 +99,7 @@ def qlora_linear(
         ValueError, TypeError: a shape, dtype or device that does not fit; the message names the argument.
     """
     n, k = _check_arguments(x, q, lora_a, lora_b)
-    device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        x = x.to(torch.get_autocast_dtype(device_type))
+    x = _autocast(x)
     if lora_a is None or lora_b is None:
         lora_a, lora_b, dropout = x.new_empty(0, k), x.new_empty(n, 0), 0.0
     rng = torch.randint(2**31, (2,), device=x.device) if dropout else None
@@ -122,6 +120,15 @@ def qlora_linear(
         q.scale_format,
     )
     return y.view(*x.shape[:-1], n)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where that is on; as everywhere in torch, fp64 and integers are left alone."""
+    kind = x.device.type
+    castable = x.is_floating_point() and x.dtype != torch.float64
+    if castable and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def _check_arguments(

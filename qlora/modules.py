@@ -23,6 +23,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
+def _weight_shape(linear: nn.Module) -> torch.Size:
+    """(n, k) of a linear layer, whichever way its weight lies."""
+    return linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
+
+
 class LoRALayer(nn.Module):
     """What both linear layers share: the adapter, and how it is switched, reset and merged.
 
@@ -40,8 +45,7 @@ class LoRALayer(nn.Module):
     def __init__(self, linear: nn.Module, config: QLoRAConfig, adapter: bool) -> None:
         super().__init__()
         self.fan_in_fan_out = is_conv1d(linear)
-        weight_shape = linear.weight.shape[::-1] if self.fan_in_fan_out else linear.weight.shape
-        self.out_features, self.in_features = weight_shape
+        self.out_features, self.in_features = _weight_shape(linear)
         self.rank = config.rank if adapter else 0
         self.scaling, self.dropout = config.scaling, config.dropout
         self.adapter_enabled = True
@@ -129,6 +133,11 @@ class QLoRALinear(LoRALayer):
         """
         if config.format is None:
             raise ValueError("config.format must name a 4-bit data type; got None (see LoRALinear)")
+        if quantized is not None and quantized.shape != _weight_shape(linear):
+            raise ValueError(
+                f"quantized must have shape {tuple(_weight_shape(linear))};"
+                f" got {tuple(quantized.shape)}"
+            )
         if quantized is None:
             weight = linear.weight.mT if is_conv1d(linear) else linear.weight
             quantized = quantize_4bit(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora.kernels import formats, ops
+from qlora.kernels import checks, formats, ops
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class QuantizedTensor:
 
     @property
     def bits_per_parameter(self) -> float:
-        """4.127 for nf4, block size 64, double-quantized (QLoRA, section 3), short of a tiny offset."""
-        return 8 * self.nbytes / self.numel
+        """4.127 for nf4, block size 64, double-quantized (QLoRA, section 3), and a few bytes; 0 if empty."""
+        return 8 * self.nbytes / self.numel if self.numel else 0.0
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +88,7 @@ def quantize_4bit(
         TypeError: `weight` has another dtype.
         ValueError: `weight` holds a NaN or an infinity, or another argument is not one of the allowed.
     """
+    checks.check_float("weight", weight, ops.WEIGHT_DTYPES)
     formats.check_scale_format(scale_format)
     packed, absmax = ops.quantize_4bit(weight.detach(), format, blocksize)
     _check_finite(weight, absmax)

@@ -59,9 +59,10 @@ def test_allowed(settings: dict[str, Any]) -> None:
     [
         ({"rank": 0}, "rank must be from 1 to 256; got 0"),
         ({"rank": 257}, "rank must be from 1 to 256; got 257"),
-        ({"alpha": 0}, "alpha must be positive; got 0"),
-        ({"alpha": -1.0}, r"alpha must be positive; got -1\.0"),
-        ({"alpha": float("nan")}, "alpha must be positive; got nan"),
+        ({"alpha": 0}, "alpha must be positive and finite; got 0"),
+        ({"alpha": -1.0}, r"alpha must be positive and finite; got -1\.0"),
+        ({"alpha": float("inf")}, "alpha must be positive and finite; got inf"),
+        ({"alpha": float("nan")}, "alpha must be positive and finite; got nan"),
         ({"dropout": -0.1}, r"dropout must be at least 0 and below 1; got -0\.1"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1; got 1\.0"),
         ({"dropout": float("nan")}, "dropout must be at least 0 and below 1; got nan"),
@@ -78,7 +79,15 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
         QLoRAConfig(**settings)
 
 
-@pytest.mark.parametrize("rank", [8.0, "8", True, None])
-def test_a_rank_that_is_no_integer_is_refused(rank: Any) -> None:
-    with pytest.raises(TypeError, match="rank must be an integer; got"):
-        QLoRAConfig(rank=rank)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("rank", value) for value in (8.0, "8", True, None)),
+        ("blocksize", 64.0),
+        ("double_quant", "no"),
+        ("target_modules", 5),
+    ],
+)
+def test_values_of_another_type_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be .*; got"):
+        QLoRAConfig(**{name: value})

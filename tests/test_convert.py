@@ -341,7 +341,6 @@ Q_AND_V = {f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_
         (r".*\.(q|v)_proj", Q_AND_V),
         (["model.layers.1.mlp.up_proj"], {"model.layers.1.mlp.up_proj"}),
         (r"model\.layers\.0\.mlp\.up_proj", {"model.layers.0.mlp.up_proj"}),
-        (["q_proj", "no_such_layer"], {name for name in Q_AND_V if "q_proj" in name}),
     ],
 )
 def test_target_modules(target_modules: Any, expected: set[str]) -> None:
@@ -358,7 +357,8 @@ def test_target_modules(target_modules: Any, expected: set[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "target_modules", [["proj"], ["q"], "q_proj", r"q_proj.*", ["lm_head"], ["embed_tokens"]]
+    "target_modules",
+    [["proj"], ["q"], ["q_proj", "v_porj"], "q_proj", r"q_proj.*", ["lm_head"], ["embed_tokens"]],
 )
 def test_target_modules_that_match_nothing(target_modules: Any) -> None:
     """Names match whole parts, a regular expression the full name; embeddings are never targets."""
@@ -542,7 +542,12 @@ def test_the_default_is_the_papers() -> None:
             r"layers\.1\.mlp\.up_proj: weight must be finite",
         ),
         (float("inf"), torch.bfloat16, ValueError, r"layers\.1\.mlp\.up_proj: .* 1 NaN or inf"),
-        (1.0, torch.float64, TypeError, r"layers\.1\.mlp\.up_proj: x must .* got torch.float64"),
+        (
+            1.0,
+            torch.float64,
+            TypeError,
+            r"layers\.1\.mlp\.up_proj: weight must .* got torch.float64",
+        ),
     ],
 )
 def test_a_bad_weight_is_named_and_the_model_unchanged(
@@ -592,6 +597,7 @@ def test_the_report() -> None:
         adapted=("1",),
         left_alone=(),
         quantized_parameters=weights,
+        dense_parameters=10 * 64 + 96,
         quantized_bytes=quantized_bytes,
         trainable_parameters=adapter,
         bytes_before=4 * weights + dense_bytes,
@@ -601,6 +607,7 @@ def test_the_report() -> None:
     assert lines == {
         "quantized layers": "2",
         "quantized parameters": "12,288",
+        "parameters left dense": "736",
         "bits per parameter": "4.135",
         "layers with an adapter": "1",
         "trainable parameters": "320",

@@ -43,6 +43,23 @@ def test_dequantize_across_slabs(extra: int, dtype: torch.dtype) -> None:
     assert torch.equal(cpu.dequantize_4bit(*arguments), reference.dequantize_4bit(*arguments))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantize_does_not_hang_on_torchs_default_dtype(
+    default: torch.dtype, dtype: torch.dtype
+) -> None:
+    x = torch.randn(641)
+    packed, absmax = reference.quantize_4bit(x, "nf4", 64)
+    scales = reference.quantize_absmax(absmax, "dynamic8")
+    arguments = (packed, *scales, "nf4", 64, "dynamic8", [641], dtype)
+    expected = reference.dequantize_4bit(*arguments)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(cpu.dequantize_4bit(*arguments), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_dequantize_reads_unaligned_bytes() -> None:
     """A packed weight that starts at an odd byte of its storage, as in a memory-mapped file."""
     x = torch.randn(640)

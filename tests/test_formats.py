@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from statistics import NormalDist
 
 import pytest
@@ -10,6 +14,8 @@ import torch
 
 from qlora.kernels import formats
 from qlora.kernels.formats import FORMATS, SCALE_FORMATS
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def _linspace(start: float, stop: float, count: int) -> list[float]:
@@ -138,3 +144,32 @@ def test_unknown_names_are_refused_with_what_is_allowed(check, bad, allowed) -> 
     with pytest.raises(ValueError, match=str(bad)) as error:
         check(bad)
     assert allowed in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "default", ["torch.set_default_dtype(torch.bfloat16)", "torch.set_default_device('meta')"]
+)
+def test_codebooks_do_not_hang_on_torchs_defaults(default: str) -> None:
+    """Set before the first import, in a process of its own: a trap of the peers' readers."""
+    program = f"""
+import torch
+{default}
+from qlora.kernels import formats
+cpu = torch.device("cpu")
+for name in formats.SCALE_FORMATS:
+    print([formats.scale_codebook(name, cpu).tolist(), formats.scale_thresholds(name, cpu).tolist()])
+for name in formats.FORMATS:
+    print([formats.codebook(name, cpu).tolist(), formats.thresholds(name, cpu).tolist()])
+"""
+    run = [sys.executable, "-c", program]
+    printed = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    tables = [json.loads(line.replace("inf", "Infinity")) for line in printed.splitlines()]
+    cpu = torch.device("cpu")
+    scales = [
+        [formats.scale_codebook(n, cpu).tolist(), formats.scale_thresholds(n, cpu).tolist()]
+        for n in SCALE_FORMATS
+    ]
+    codes = [
+        [formats.codebook(n, cpu).tolist(), formats.thresholds(n, cpu).tolist()] for n in FORMATS
+    ]
+    assert tables == scales + codes

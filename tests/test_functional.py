@@ -481,3 +481,10 @@ def test_refuses(changed: dict[str, Any], error: type[Exception], message: str) 
     qlora_linear(**good)
     with pytest.raises(error, match=message):
         qlora_linear(**good | changed)
+
+
+def test_autocast_leaves_fp64_alone() -> None:
+    """As `torch.nn.functional.linear` does under it."""
+    q = quantize_4bit(torch.randn(8, 64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert qlora_linear(torch.randn(2, 64, dtype=torch.float64), q).dtype == torch.float64

@@ -371,3 +371,10 @@ def test_compiled_under_autocast_and_without_gradients() -> None:
         assert torch.equal(compiled(inputs()), layer(inputs()))
     with torch.no_grad():
         assert torch.equal(compiled(inputs()), layer(inputs()))
+
+
+def test_a_quantized_weight_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"quantized must have shape \(32, 64\); got \(64, 32\)"):
+        QLoRALinear.from_linear(
+            nn.Linear(64, 32), config(), quantized=quantize_4bit(torch.randn(64, 32))
+        )

@@ -44,6 +44,16 @@ def test_quantize(device: str, x: Tensor, format: str, blocksize: int) -> None:
     _check_quantize(device, x, format, blocksize)
 
 
+@pytest.mark.parametrize("dtype", qst.DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_shows_in_absmax(device: str, dtype: torch.dtype, bad: float) -> None:
+    """That is where `qlora.quantize_4bit` looks for it. A device's own maximum drops a NaN."""
+    x = torch.randn(640).to(dtype)
+    x[100] = bad
+    _, absmax = launch(device, nf4.quantize_4bit, x, "nf4", 64)
+    assert absmax.isfinite().tolist() == [block != 1 for block in range(10)]
+
+
 @settings(max_examples=60)
 @given(
     qst.tensors(),

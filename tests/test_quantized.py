@@ -95,5 +95,5 @@ def test_unknown_settings_are_refused(arguments, error, message) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.uint8, torch.bool])
 def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match="x must have one of the dtypes"):
+    with pytest.raises(TypeError, match="weight must have one of the dtypes"):
         qlora.quantize_4bit(torch.ones(64).to(dtype))
