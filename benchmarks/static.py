@@ -49,6 +49,8 @@ class Report:
     """Instructions per decoded weight: of the main loop, or of the whole kernel where there is no loop."""
     fused_multiply_adds: int
     """FFMA instructions. Decoding a scale must have none: its product and sum are rounded one by one."""
+    maxima_without_nan: int
+    """FMNMX instructions that drop a NaN. Quantization must have none: a NaN has to show in absmax."""
     matrix_instruction: str
     """wgmma, mma.sync, or an empty string."""
     left_operand: str
@@ -219,6 +221,9 @@ def _inspect(launch: Launch, arch: int, case: str) -> Report:
         load_bits=sass.load_bits(),
         sass_per_weight=round(len(sass.main_loop()) * threads / weights, 2) if weights else None,
         fused_multiply_adds=sum(opcode.startswith("FFMA") for opcode, _ in sass.instructions),
+        maxima_without_nan=sum(
+            opcode.startswith("FMNMX") and "NAN" not in opcode for opcode, _ in sass.instructions
+        ),
         matrix_instruction=sass.matrix_instruction(),
         left_operand=sass.left_operand(),
     )

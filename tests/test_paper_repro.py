@@ -223,9 +223,9 @@ def test_without_wordnet_it_goes_on_with_wikipedia(
 
 
 def _write_gguf(path: Path, network: Any) -> None:
-    """A Llama in fp32 with the byte tokenizer and one merge, as llama.cpp would write it."""
+    """A Llama in fp32 with the byte tokenizer and two merges, as llama.cpp would write it."""
     config, names = network.config, list(tiny.tokenizer().get_vocab().items())
-    tokens = [name for name, _ in sorted(names, key=lambda item: item[1])] + ["he"]
+    tokens = [name for name, _ in sorted(names, key=lambda item: item[1])] + ["he", "ll"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -239,7 +239,7 @@ def _write_gguf(path: Path, network: Any) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(["h e", "l l"])
     writer.add_bos_token_id(tiny.BOS)
     writer.add_eos_token_id(tiny.EOS)
     writer.add_chat_template(tiny.CHAT_TEMPLATE)
@@ -259,13 +259,13 @@ def _write_gguf(path: Path, network: Any) -> None:
 
 
 def test_a_gguf_file_becomes_an_ordinary_model_folder(tmp_path: Path) -> None:
-    network = tiny.llama(tie_word_embeddings=True, vocab_size=259)
+    network = tiny.llama(tie_word_embeddings=True, vocab_size=260)
     _write_gguf(tmp_path / "model.gguf", network)
     model.convert_gguf(tmp_path / "model.gguf", tmp_path / "converted")
     converted = load_dense(tmp_path / "converted")
     assert torch.equal(tiny.logits(converted, tiny.tokens()), tiny.logits(network, tiny.tokens()))
     tokenizer = load_tokenizer(tmp_path / "converted")
-    words = "a small world"
+    words = "a tiny world"
     assert tokenizer(words).input_ids == tiny.tokenizer()(words).input_ids
     assert len(tokenizer("he").input_ids) == 1
     assert tokenizer.chat_template == tiny.CHAT_TEMPLATE

@@ -156,3 +156,9 @@ def test_cases_cover_dtypes_scales_and_blocksizes() -> None:
     names = " ".join(case.name for case in static_cases.cases(every=True))
     for word in ("bf16", "fp16", "fp32", "plain", "nested", "blocksize=32", "blocksize=4096"):
         assert word in names
+
+
+def test_a_nan_is_not_lost_on_the_way_to_absmax(rows: list[dict[str, Any]]) -> None:
+    quantizing = [row for row in rows if row["kernel"].startswith("quantize")]
+    assert quantizing
+    assert [row for row in quantizing if row["maxima_without_nan"]] == []
