@@ -53,6 +53,7 @@ def test_every_command_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"usage: qlora {command}" in capsys.readouterr().out
 
 
-def test_the_floor_plan_names_every_file_of_the_kernels() -> None:
-    for file in Path(__file__).parents[1].glob("kernels/*.py"):
-        assert file.name in README
+@pytest.mark.parametrize("folder", ["kernels", "qlora"])
+def test_the_floor_plan_names_every_file(folder: str) -> None:
+    files = {file.name for file in Path(__file__).parents[1].glob(f"{folder}/*.py")}
+    assert {name for name in files - {"__init__.py"} if name not in README} == set()
