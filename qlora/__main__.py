@@ -1,4 +1,4 @@
-"""The command line: ``qlora finetune | evaluate | generate | merge``, also ``python -m qlora``."""
+"""The command line: `qlora finetune | evaluate | generate | merge`, also `python -m qlora`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,15 +32,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0, 1 for a failed run, 2 for a mistake in the call."""
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
-    except (ValueError, OSError, ImportError) as error:
+        with _plain_warnings():
+            args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
         return _fail(error, 2, args.debug)
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         return _fail(error, 1, args.debug)
     except KeyboardInterrupt:
-        print("\ninterrupted (qlora finetune goes on from its checkpoint)", file=sys.stderr)
+        goes_on = args.run is commands.finetune
+        hint = " (the same command goes on from its latest checkpoint)" if goes_on else ""
+        print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show our own warnings without the place in the code that they come from."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str, category: type[Warning], filename: str, *rest: Any
+        ) -> None:
+            if Path(filename).parent == Path(__file__).parent:
+                print(f"qlora: warning: {message}", file=sys.stderr)
+            else:
+                usual(message, category, filename, *rest)
+
+        warnings.showwarning = show
+        yield
 
 
 def _fail(error: Exception, status: int, debug: bool) -> int:

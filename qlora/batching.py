@@ -21,7 +21,7 @@ BATCHES_PER_LENGTH_GROUP = 50
 
 
 class StepBatches:
-    """The micro-batches of each optimizer step: ``batches[step]``, counted from 0."""
+    """The micro-batches of each optimizer step: `batches[step]`, counted from 0."""
 
     def __init__(self, dataset: Sequence[Example], config: TrainConfig) -> None:
         self.dataset, self.config = dataset, config
@@ -45,7 +45,7 @@ def epoch_batches(
 ) -> list[list[int]]:
     """Shuffle the examples of one epoch into batches of indices; the last may be smaller.
 
-    With ``group_by_length`` a batch holds examples of about the same length. The batch with the
+    With `group_by_length` a batch holds examples of about the same length. The batch with the
     longest example comes first in epoch 0: a run that will not fit in memory fails at once.
     """
     shuffler = random.Random(f"{seed}:{epoch}")

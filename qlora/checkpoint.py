@@ -1,6 +1,6 @@
 """Checkpoints of a run: adapters, optimizer state, step and settings, as safetensors and JSON.
 
-``checkpoint-000100/`` is the state after 100 steps. It is written under another name, flushed and
+`checkpoint-000100/` is the state after 100 steps. It is written under another name, flushed and
 renamed, and its manifest holds a checksum of every file: what is half written or damaged is never
 resumed from. There is no state of random generators in it, because a step's randomness depends on
 nothing but the run's seed and the step's number.
@@ -8,7 +8,6 @@ nothing but the run's seed and the step's number.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import warnings
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from qlora import files
-from qlora.adapters import load_adapter, save_adapter
+from qlora.adapters import load_adapter, plain_name, save_adapter
 
 MANIFEST = "checkpoint.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -34,12 +33,12 @@ def save_checkpoint(
     settings: Mapping[str, Mapping[str, Any]],
     keep: int,
 ) -> Path:
-    """Write the state after ``step`` steps and delete all but the ``keep`` latest checkpoints."""
+    """Write the state after `step` steps and delete all but the `keep` latest checkpoints."""
     path = output / f"checkpoint-{step:06d}"
     with files.new_folder(path) as folder:
         save_adapter(model, folder)
         files.write_tensors(folder / OPTIMIZER, _optimizer_tensors(model, optimizer))
-        checksums = {file.name: _checksum(file) for file in sorted(folder.iterdir())}
+        checksums = {file.name: files.sha256(file) for file in sorted(folder.iterdir())}
         manifest = {"step": step, "settings": settings, "sha256": checksums}
         files.write_json(folder / MANIFEST, manifest)
     for old in _checkpoints(output)[keep:]:
@@ -91,16 +90,8 @@ def _checkpoints(output: Path) -> list[Path]:
 def _check_whole(path: Path) -> None:
     manifest = files.read_json(path / MANIFEST)
     for name, checksum in manifest["sha256"].items():
-        if _checksum(path / name) != checksum:
+        if files.sha256(path / name) != checksum:
             raise ValueError(f"{name} is not what was written")
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_settings(
@@ -123,7 +114,7 @@ def _optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
     """State as {parameter name}.{key of the state}, for instance ....lora_a.exp_avg."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = _names(model)
     return {
         f"{names[parameter]}.{key}": tensor
         for parameter, state in optimizer.state.items()
@@ -131,10 +122,14 @@ def _optimizer_tensors(
     }
 
 
+def _names(model: torch.nn.Module) -> dict[torch.nn.Parameter, str]:
+    return {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+
+
 def _restore_optimizer(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path
 ) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = _names(model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     index = {names[parameter]: i for i, parameter in enumerate(parameters)}
     state: dict[int, dict[str, torch.Tensor]] = {}

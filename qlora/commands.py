@@ -1,8 +1,9 @@
-"""What the commands of ``qlora`` do. What is slow to import is imported when it is needed."""
+"""What the commands of `qlora` do. What is slow to import is imported when it is needed."""
 
 from __future__ import annotations
 
 import re
+import sys
 from argparse import Namespace
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from qlora.config import ALL_LINEAR, QLoRAConfig
 from qlora.recipe import TrainConfig
 
+_DEVICES = "--device must be cpu, cuda, cuda:1, ..."
+
 
 def finetune(args: Namespace) -> None:
     from qlora.data import load_dataset
@@ -21,6 +24,8 @@ def finetune(args: Namespace) -> None:
 
     config = TrainConfig(**_given(args, TrainConfig))
     lora = QLoRAConfig(**_given(args, QLoRAConfig))
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output}: exists already and is not a folder")
     tokenizer = load_tokenizer(args.model)
     dataset = load_dataset(args.data, tokenizer, config.max_length, args.pack)
     held_out = None
@@ -39,12 +44,11 @@ def finetune(args: Namespace) -> None:
 
 def evaluate(args: Namespace) -> None:
     from qlora.data import load_dataset
-    from qlora.evaluation import evaluate
+    from qlora.evaluation import check_batch_size, evaluate
     from qlora.pretrained import load_tokenizer
 
     config = TrainConfig(**_given(args, TrainConfig))
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
+    check_batch_size(args.batch_size)
     tokenizer = load_tokenizer(args.model)
     dataset = load_dataset(args.data, tokenizer, config.max_length, args.pack)
     model = _load(args, config.precision)
@@ -56,7 +60,7 @@ def generate(args: Namespace) -> None:
     from qlora.generate import check_sampling, generate
     from qlora.pretrained import load_tokenizer
 
-    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     precision = TrainConfig(**_given(args, TrainConfig, ("precision",))).precision
     tokenizer = load_tokenizer(args.model)
     generate(
@@ -75,11 +79,11 @@ def generate(args: Namespace) -> None:
 
 def merge(args: Namespace) -> None:
     from qlora.adapters import merge
+    from qlora.files import check_new_folder
     from qlora.pretrained import load_quantized, place, save_dense
 
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists already and is not an empty folder")
+    check_new_folder(out)
     config = _base_config(args)
     model, _ = load_quantized(args.model, config, args.adapter, precision="float32")
     dtype = getattr(torch, args.dtype)
@@ -103,10 +107,17 @@ def _load(args: Namespace, precision: str) -> torch.nn.Module:
 
 def _base_config(args: Namespace) -> QLoRAConfig:
     """As the adapter was trained, but for what the command line says otherwise."""
-    from qlora.adapters import read_config
+    from qlora.adapters import BASE_CONFIG, read_config
 
     config = read_config(args.adapter) if args.adapter else QLoRAConfig(rank=1)
-    return replace(config, **_given(args, QLoRAConfig))
+    given = _given(args, QLoRAConfig)
+    if args.adapter and "format" not in given and not Path(args.adapter, BASE_CONFIG).exists():
+        print(
+            f"qlora: {args.adapter} does not say which base it was trained on; {config.format} is "
+            "assumed (--format none for a base that was not quantized)",
+            file=sys.stderr,
+        )
+    return replace(config, **given)
 
 
 def _given(args: Namespace, config: type, names: tuple[str, ...] | None = None) -> dict[str, Any]:
@@ -130,7 +141,9 @@ def _device(args: Namespace) -> str:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device must be cpu, cuda, cuda:1, ..., got {name!r}") from error
+        raise ValueError(f"{_DEVICES}; got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{_DEVICES}; got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this machine has no CUDA GPU that torch can use")
     return name

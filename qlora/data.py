@@ -1,16 +1,16 @@
 """From a text file to examples: tokenize, mask prompts, truncate, pack.
 
-A dataset is a list of :class:`Example`. Whatever makes such a list can be trained on;
-:func:`load_dataset` makes it from a file:
+A dataset is a list of `Example`. Whatever makes such a list can be trained on;
+`load_dataset` makes it from a file:
 
-- JSON Lines (``.jsonl``, ``.json``, ``.ndjson``), one example a line, in one of these forms:
+- JSON Lines (`.jsonl`, `.json`, `.ndjson`), one example a line, in one of these forms:
 
-  ``{"prompt", "completion"}``               both taken as they are
-  ``{"instruction", "input", "output"}``     ``input`` may be left out
-  ``{"messages": [{"role", "content"}]}``    formatted by the tokenizer's chat template
-  ``{"text"}``                               every token is learned
+  `{"prompt", "completion"}`               both taken as they are
+  `{"instruction", "input", "output"}`     `input` may be left out
+  `{"messages": [{"role", "content"}]}`    formatted by the tokenizer's chat template
+  `{"text"}`                               every token is learned
 
-- any other file is plain text, cut into chunks of ``max_length`` tokens.
+- any other file is plain text, cut into chunks of `max_length` tokens.
 
 The loss is taken on completions, outputs, assistant turns and texts. Prompts are only read.
 """
@@ -45,7 +45,7 @@ class Example:
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 1 or self.input_ids.shape != self.labels.shape:
             raise ValueError(
-                "an Example needs one-dimensional input_ids and labels of the same length, got "
+                "an Example needs one-dimensional input_ids and labels of the same length; got "
                 f"shapes {tuple(self.input_ids.shape)} and {tuple(self.labels.shape)}"
             )
 
@@ -61,16 +61,16 @@ class Example:
 def load_dataset(
     path: str | os.PathLike[str], tokenizer: Any, max_length: int = 512, pack: bool = False
 ) -> list[Example]:
-    """Read a JSON Lines or plain text file into examples of at most ``max_length`` tokens.
+    """Read a JSON Lines or plain text file into examples of at most `max_length` tokens.
 
-    Longer examples lose their end. ``pack=True`` joins the texts of a ``{"text"}`` file and cuts
+    Longer examples lose their end. `pack=True` joins the texts of a `{"text"}` file and cuts
     them into full chunks instead.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file")
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
-        raise ValueError(f"max_length must be an integer of at least 2 tokens, got {max_length!r}")
+        raise ValueError(f"max_length must be an integer of at least 2 tokens; got {max_length!r}")
     tokens = Tokens(tokenizer)
     if path.suffix.lower() not in JSON_SUFFIXES:
         text = _read_text(path)
@@ -102,7 +102,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, 
             raise ValueError(f"{where}: not valid JSON ({error})") from error
         if not isinstance(record, dict):
             found = type(record).__name__
-            raise ValueError(f"{where}: expected a JSON object on each line, found a {found}")
+            raise ValueError(f"{where}: expected a JSON object on each line; got a {found}")
         empty = False
         yield where, record
     if empty:
@@ -110,7 +110,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, 
 
 
 def make_example(pieces: Pieces, max_length: int, where: str = "example") -> Example:
-    """Join (tokens, learned) pieces, mask those that are not learned, cut at ``max_length``."""
+    """Join (tokens, learned) pieces, mask those that are not learned, cut at `max_length`."""
     ids = [token for tokens, _ in pieces for token in tokens]
     labels = [token if learned else IGNORE for tokens, learned in pieces for token in tokens]
     example = Example(torch.tensor(ids[:max_length]), torch.tensor(labels[:max_length]))
@@ -126,7 +126,7 @@ def make_example(pieces: Pieces, max_length: int, where: str = "example") -> Exa
 
 
 def pack_tokens(tokens: Sequence[int], length: int, where: str = "the text") -> list[Example]:
-    """Cut a run of tokens into examples of ``length`` tokens; a shorter last one is kept."""
+    """Cut a run of tokens into examples of `length` tokens; a shorter last one is kept."""
     chunks = torch.tensor(tokens, dtype=torch.long).split(length)
     examples = [Example(chunk, chunk) for chunk in chunks if len(chunk) > 1]
     if not examples:

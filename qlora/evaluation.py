@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ def evaluate(
     precision: str = "auto",
     progress: bool = False,
 ) -> EvalResult:
-    """Mean loss over all learned tokens of ``data``, each token counting the same.
+    """Mean loss over all learned tokens of `data`, each token counting the same.
 
     Args:
         model: a causal language model; left in the mode (training or not) in which it came.
@@ -41,13 +41,25 @@ def evaluate(
         batch_size: examples in a batch; batches given ready are taken as they are.
         precision: "auto", "bfloat16" or "float32", as in TrainConfig.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: no token to predict, or tokens that the model cannot take.
+        FloatingPointError: the loss is NaN.
     """
+    check_batch_size(batch_size)
     batches = list(_batches(data, batch_size))
+    check_input(model, [batch["input_ids"] for batch in batches])
     device = device_of(model)
     total, tokens = 0.0, 0
     with module_modes(model, training=False), torch.no_grad(), autocast(device, precision):
-        for batch in Progress(batches, "evaluate", progress):
-            total += summed_loss(model, batch, device).item()
+        for i, batch in enumerate(Progress(batches, "evaluate", progress), start=1):
+            loss = summed_loss(model, batch, device).item()
+            if math.isnan(loss):
+                raise FloatingPointError(
+                    f"the loss is nan in batch {i} of {len(batches)} of the evaluation; "
+                    "precision='float32' may help, unless the weights themselves are not finite"
+                )
+            total += loss
             tokens += count_targets(batch["labels"])
     if tokens == 0:
         raise ValueError("data must have at least one token to predict; it has none")
@@ -74,6 +86,38 @@ def summed_loss(
 def count_targets(labels: torch.Tensor) -> int:
     """Tokens of [m, length] labels on which the loss is taken."""
     return int((labels[:, 1:] != IGNORE).sum())
+
+
+def check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+
+
+def check_input(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> None:
+    """Refuse tokens [..., length] that the model has no position or no embedding for."""
+    longest = max((ids.shape[-1] for ids in inputs), default=0)
+    if longest > (limit := max_positions(model)):
+        raise ValueError(
+            f"max_length must be at most {limit} for this model (its max_position_embeddings); "
+            f"got an example of {longest} tokens"
+        )
+    known = _vocabulary(model)
+    if inputs and known and (largest := max(int(ids.max()) for ids in inputs)) >= known:
+        raise ValueError(
+            f"tokens must be below {known}, the size of the model's embedding; got {largest}: the "
+            "tokenizer is not this model's"
+        )
+
+
+def max_positions(model: torch.nn.Module) -> float:
+    """The most tokens that a transformers model says it takes; infinity for other models."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else math.inf
+
+
+def _vocabulary(model: torch.nn.Module) -> int | None:
+    find = getattr(model, "get_input_embeddings", None)
+    return getattr(find(), "num_embeddings", None) if find else None
 
 
 def takes_argument(model: torch.nn.Module, name: str) -> bool:

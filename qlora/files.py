@@ -6,6 +6,7 @@ and renamed. A reader, or the next run after a power cut, sees the old one or th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,12 +18,12 @@ from typing import Any
 
 import torch
 
-_LEFTOVER = re.compile(r"\..+\.\d+\.tmp(\.old)?")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.tmp(?P<old>\.old)?")
 
 
 @contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path to write to; it becomes ``path`` when the block ends well."""
+    """Yield a temporary path to write to; it becomes `path` when the block ends well."""
     path = Path(path)
     temporary = _temporary(path)
     mode = _usual_mode(temporary)
@@ -38,7 +39,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder to fill; it becomes ``path`` when the block ends well.
+    """Yield a temporary folder to fill; it becomes `path` when the block ends well.
 
     A folder that already lies there is replaced as a whole.
     """
@@ -60,16 +61,34 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(old, ignore_errors=True)
     flush(path.parent)
 
 
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse a place to which `new_folder` is not to write."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: exists already and is not an empty folder")
+    if path.resolve() == Path.cwd():
+        raise ValueError(f"{path}: is the current folder, which cannot be replaced; name a new one")
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete what an interrupted :func:`new_file` or :func:`new_folder` left in ``folder``."""
+    """Delete what an interrupted `new_file` or `new_folder` left in `folder`.
+
+    A folder that was moved out of the way, and that nothing has replaced, goes back to its place.
+    """
     for leftover in folder.glob(".*"):
-        if not _LEFTOVER.fullmatch(leftover.name):
+        found = _LEFTOVER.fullmatch(leftover.name)
+        if not found:
             continue
-        if leftover.is_dir():
+        target = folder / found["name"]
+        if found["old"] and not target.exists():
+            os.replace(leftover, target)
+        elif leftover.is_dir():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
@@ -94,7 +113,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ValueError(f"{path}: expected a JSON object; got {type(value).__name__}")
     return value
 
 
@@ -121,8 +140,17 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 
+def sha256(path: Path) -> str:
+    """Checksum of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _temporary(path: Path) -> Path:
-    """A hidden name beside ``path``, free for this process to use."""
+    """A hidden name beside `path`, free for this process to use."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     path.parent.mkdir(parents=True, exist_ok=True)
     if temporary.is_dir():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from qlora.evaluation import autocast, device_of, module_modes
+from qlora.evaluation import autocast, check_input, device_of, max_positions, module_modes
+from qlora.recipe import check_seed
 from qlora.records import Tokens, prompt_tokens
 
 
@@ -31,19 +33,24 @@ def generate(
         prompt: the text to continue.
         style: "plain" takes the prompt as it is, "instruction" puts it into the form in which
             {"instruction", "output"} data is trained, "chat" into the tokenizer's chat template.
-        max_new_tokens: tokens after which to stop, if the model does not stop before.
+        max_new_tokens: tokens after which to stop, if the model does not stop before or its positions end.
         temperature: 0 for always the likeliest token; above, the sampling temperature.
         top_p: sample from the likeliest tokens that make up this probability, in (0, 1].
         seed: seed of the sampling; torch's generators are left as they were.
         precision: "auto", "bfloat16" or "float32", as in TrainConfig.
         stream: print the text as it comes.
     """
-    check_sampling(max_new_tokens, temperature, top_p)
+    check_sampling(max_new_tokens, temperature, top_p, seed)
     device = device_of(model)
     ids = prompt_tokens(Tokens(tokenizer), prompt, style)
     if not ids:
         raise ValueError("prompt must have at least one token, it is empty")
     inputs = torch.tensor([ids], device=device)
+    room = max_positions(model) - len(ids)
+    if room < 1:
+        limit = max_positions(model)
+        raise ValueError(f"prompt must have fewer tokens than the model's {limit}; got {len(ids)}")
+    check_input(model, [inputs])
     with (
         module_modes(model, training=False),
         torch.no_grad(),
@@ -54,7 +61,9 @@ def generate(
         output = model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
-            generation_config=_settings(model, tokenizer, max_new_tokens, temperature, top_p),
+            generation_config=_settings(
+                model, tokenizer, min(max_new_tokens, room), temperature, top_p
+            ),
             streamer=_streamer(tokenizer) if stream else None,
         )
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
@@ -83,10 +92,11 @@ def _streamer(tokenizer: Any) -> Any:
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0; got {temperature}")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+        raise ValueError(f"top_p must be above 0 and at most 1; got {top_p}")
+    check_seed(seed)

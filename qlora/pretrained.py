@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
             "and the tokenizer's files; models are not downloaded"
         )
     config = files.read_json(folder / "config.json")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "an unknown method")
+    if quantization := config.get("quantization_config"):
+        is_object = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unknown") if is_object else quantization
         raise ValueError(f"{folder}: quantized already ({method}), a dense model is needed")
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder}: no *.safetensors in the folder")
@@ -46,7 +48,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
 
 
 def load_dense(folder: str | os.PathLike[str]) -> torch.nn.Module:
-    """The model as it is in the folder, on the CPU, in the dtype of its files."""
+    """The model as it is in the folder, on the CPU, in the dtype of its files (float64: float32)."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -56,17 +58,43 @@ def load_dense(folder: str | os.PathLike[str]) -> torch.nn.Module:
     logging.set_verbosity_error()  # missing weights are an error below, not a table in the log
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, output_loading_info=True
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # an error below, which unlike theirs says where
         )
     except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"{folder}: cannot read the model ({_first_line(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(
-            f"{folder}: {len(missing)} weights are missing in the files ({', '.join(missing[:3])})"
-        )
-    return model
+    _check_loaded(folder, found)
+    _check_causal(folder, model.config)
+    return model.float() if model.dtype == torch.float64 else model
+
+
+def _check_loaded(folder: Path, found: Mapping[str, Iterable[Any]]) -> None:
+    """Refuse a model that is not all, and only, what the files hold."""
+    for key, in_file, in_model in sorted(found["mismatched_keys"]):
+        shapes = f"{tuple(in_file)} in the files and {tuple(in_model)} by config.json"
+        raise ValueError(f"{folder}: {key} is {shapes}")
+    kinds = {
+        "missing_keys": "missing in the files",
+        "unexpected_keys": "not in config.json's model",
+    }
+    for kind, what in kinds.items():
+        if keys := sorted(found[kind]):
+            raise ValueError(f"{folder}: {len(keys)} weights are {what} ({', '.join(keys[:3])})")
+
+
+def _check_causal(folder: Path, config: Any) -> None:
+    """Refuse an encoder, which transformers makes a causal model of whose tokens see those after."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    fills_masks = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if fills_masks and getattr(config, "is_decoder", None) is False:
+        name = ", ".join(config.architectures or [config.model_type])
+        raise ValueError(f"{folder}: {name} is an encoder; a causal language model is needed")
 
 
 def load_quantized(
@@ -83,7 +111,7 @@ def load_quantized(
 
     Args:
         folder: a Hugging Face model folder with safetensors.
-        config: as for ``quantize_model``.
+        config: as for `quantize_model`.
         adapter: a folder whose adapter is loaded; new adapters change nothing until trained.
         device: "cpu", "cuda", "cuda:1", ...
         precision: "auto", "bfloat16" or "float32", as in TrainConfig.
@@ -91,7 +119,12 @@ def load_quantized(
     model = load_dense(folder)
     if _fits(model, torch.device(device)):  # quantizing is quicker there
         model.to(device)
-    report = quantize_model(model, config)
+    try:
+        report = quantize_model(model, config)
+    except ValueError as error:
+        if adapter is None:
+            raise
+        raise ValueError(f"{adapter}: the adapter does not fit {folder}: {error}") from error
     if adapter is not None:
         load_adapter(model, adapter)
     return place(model, device, compute_dtype(torch.device(device), precision)), report
@@ -108,8 +141,7 @@ def place(model: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.M
 
 def save_dense(model: torch.nn.Module, tokenizer_from: Path, folder: Path) -> None:
     """Write a model folder as a whole, with the tokenizer's files of another folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists already and is not an empty folder")
+    files.check_new_folder(folder)
     with files.new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         for pattern in _TOKENIZER_FILES:

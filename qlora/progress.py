@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 class Progress(Generic[T]):
-    """Iterate over ``items`` and show on stderr what runs, how far it is and how long it takes.
+    """Iterate over `items` and show on stderr what runs, how far it is and how long it takes.
 
-    ``before`` counts items that an earlier run has done.
+    `before` counts items that an earlier run has done.
     """
 
     def __init__(self, items: Sequence[T], what: str, show: bool = True, before: int = 0) -> None:

@@ -75,14 +75,17 @@ class TrainConfig:
         for item in fields(self):
             value, kind = getattr(self, item.name), type(item.default)
             if type(value) is not kind and not (kind is float and type(value) is int):
-                raise TypeError(f"{item.name} must be of type {kind.__name__}, got {value!r}")
+                raise TypeError(f"{item.name} must be of type {kind.__name__}; got {value!r}")
         for name, minimum in _AT_LEAST.items():
             if not minimum <= getattr(self, name) < math.inf:
                 got = getattr(self, name)
-                raise ValueError(f"{name} must be finite and at least {minimum}, got {got!r}")
+                raise ValueError(f"{name} must be finite and at least {minimum}; got {got!r}")
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be below 1, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be below 1; got {getattr(self, name)!r}")
+        if self.epsilon == 0:
+            raise ValueError("epsilon must be above 0; got 0: a gradient of 0 would become NaN")
+        check_seed(self.seed)
         for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
             check_choice(name, getattr(self, name), choices)
 
@@ -94,7 +97,13 @@ class TrainConfig:
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_seed(seed: int) -> None:
+    """Torch takes 64 bits."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2**63; got {seed}")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -43,12 +43,12 @@ def format_instruction(instruction: str, context: str = "") -> str:
 
 
 def prompt_tokens(tokens: Tokens, text: str, style: str = "plain") -> list[int]:
-    """What the model is to continue: ``text`` in the form in which it was trained."""
+    """What the model is to continue: `text` in the form in which it was trained."""
     if style == "chat":  # the template brings the begin token
         message = {"role": "user", "content": text}
         return tokens(render_chat(tokens.tokenizer, [message], "style='chat'", prompt=True))
     if style not in PROMPT_STYLES:
-        raise ValueError(f"style must be one of {', '.join(PROMPT_STYLES)}, got {style!r}")
+        raise ValueError(f"style must be one of {', '.join(PROMPT_STYLES)}; got {style!r}")
     return tokens.begin + tokens(format_instruction(text) if style == "instruction" else text)
 
 
@@ -77,7 +77,7 @@ def text_tokens(record: dict[str, Any], tokens: Tokens, where: str) -> list[int]
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], where: str, prompt: bool) -> str:
-    """A conversation as text; with ``prompt=True`` it ends where the assistant is to answer."""
+    """A conversation as text; with `prompt=True` it ends where the assistant is to answer."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"{where}: messages need a tokenizer with a chat template, and this one has none"
@@ -157,5 +157,5 @@ def _string(record: dict[str, Any], name: str, where: str) -> str:
         raise ValueError(f"{where}: field '{name}' is missing")
     if not isinstance(record[name], str):
         found = type(record[name]).__name__
-        raise ValueError(f"{where}: field '{name}' must be a string, found {found}")
+        raise ValueError(f"{where}: field '{name}' must be a string; got {found}")
     return record[name]

@@ -4,7 +4,7 @@
     qlora.quantize_model(model, qlora.QLoRAConfig())
     train(model, load_dataset("data.jsonl", tokenizer), TrainConfig(), "output")
 
-``output`` then holds the adapter in PEFT's format, metrics.jsonl and the latest checkpoints. Run
+`output` then holds the adapter in PEFT's format, metrics.jsonl and the latest checkpoints. Run
 the same call again after an interruption and it goes on to bit-identical results.
 """
 
@@ -25,7 +25,13 @@ from typing import Any
 import torch
 
 from qlora import files
-from qlora.adapters import adapter_parameters, adapter_settings, save_adapter
+from qlora.adapters import (
+    adapter_parameters,
+    adapter_settings,
+    base_fingerprint,
+    plain_name,
+    save_adapter,
+)
 from qlora.batching import Batch, StepBatches
 from qlora.checkpoint import (
     latest_checkpoint,
@@ -37,6 +43,7 @@ from qlora.data import Example
 from qlora.evaluation import (
     EvalResult,
     autocast,
+    check_input,
     count_targets,
     device_of,
     evaluate,
@@ -79,17 +86,17 @@ def train(
     resume: bool = True,
     progress: bool = True,
 ) -> TrainResult:
-    """Train the adapters of ``model``, in place, and save them to ``output_dir``.
+    """Train the adapters of `model`, in place, and save them to `output_dir`.
 
     Args:
-        model: what ``quantize_model`` returned from; only its adapters may be trainable.
-        dataset: examples, as ``load_dataset`` makes them.
+        model: what `quantize_model` returned from; only its adapters may be trainable.
+        dataset: examples, as `load_dataset` makes them.
         config: the recipe; by default Guanaco's.
-        output_dir: folder for the adapter, ``metrics.jsonl`` (a line per step: loss in nats per
+        output_dir: folder for the adapter, `metrics.jsonl` (a line per step: loss in nats per
             learned token, learning rate, gradient norm before clipping, tokens, seconds) and
-            ``checkpoint-*``.
-        eval_dataset: examples to evaluate on, every ``config.evaluate_every`` steps and at the end.
-        resume: go on from the latest checkpoint in ``output_dir``. False deletes the checkpoints
+            `checkpoint-*`.
+        eval_dataset: examples to evaluate on, every `config.evaluate_every` steps and at the end.
+        resume: go on from the latest checkpoint in `output_dir`. False deletes the checkpoints
             and the metrics there and starts over.
         progress: show a progress bar.
 
@@ -100,6 +107,7 @@ def train(
     config = config or TrainConfig()
     started = time.monotonic()
     _check_dataset(dataset, config)
+    check_input(model, [item.input_ids for item in (*dataset, *(eval_dataset or ()))])
     parameters = _trainable(model)
     optimizer = make_optimizer(model, config)
     output = Path(output_dir)
@@ -180,7 +188,7 @@ class Metrics:
     """A JSON Lines file, one line per step, appended to by single writes."""
 
     def __init__(self, path: Path, steps: int) -> None:
-        """Keep the lines of the first ``steps`` steps: those after it will be done again."""
+        """Keep the lines of the first `steps` steps: those after it will be done again."""
         self.path = path
         self.last: dict[str, Any] = {}
         kept = []
@@ -228,7 +236,7 @@ def _training(model: torch.nn.Module, config: TrainConfig) -> Iterator[None]:
 
 def _trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The adapters' parameters. Any others could not be saved, so they must be frozen."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("model must have adapters to train: call quantize_model(model) first")
     if others := sorted(trainable.keys() - adapter_parameters(model).keys()):
@@ -236,6 +244,8 @@ def _trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
             f"only adapters can be trained, and {len(others)} other parameters of the model are "
             f"trainable: {', '.join(others[:3])}. Freeze them with requires_grad_(False)"
         )
+    if off := sum(getattr(m, "adapter_enabled", True) is False for m in model.modules()):
+        raise ValueError(f"adapters are switched off in {off} layers: call enable_adapters(model)")
     return list(trainable.values())
 
 
@@ -253,7 +263,8 @@ def _settings(
         digest.update(len(example).to_bytes(8, "little"))
         digest.update(example.input_ids.numpy().tobytes() + example.labels.numpy().tobytes())
     data = {"examples": len(dataset), "sha256": digest.hexdigest()}
-    return {"recipe": recipe, "adapter": adapter_settings(model), "data": data}
+    base = {"fingerprint": base_fingerprint(model)}
+    return {"recipe": recipe, "adapter": adapter_settings(model), "base": base, "data": data}
 
 
 def _check_dataset(dataset: Sequence[Example], config: TrainConfig) -> None:

@@ -29,7 +29,7 @@ def model(dropout: float = 0.0, **settings: Any) -> torch.nn.Module:
 def run(
     output: Path, config: TrainConfig = SMALL, dropout: float = 0.1, **options: Any
 ) -> tuple[torch.nn.Module, TrainResult]:
-    """A quiet run: the trained model, and what ``train`` returned."""
+    """A quiet run: the trained model, and what `train` returned."""
     trained = model(dropout)
     options = {"progress": False, **options}
     return trained, train(trained, tiny.examples(), config, output, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 import qlora
 from qlora.adapters import (
+    BASE_CONFIG,
     CONFIG,
     WEIGHTS,
     adapter_parameters,
+    base_fingerprint,
     enable_adapters,
     load_adapter,
     merge,
     read_config,
     save_adapter,
 )
+from qlora.recipe import TrainConfig
+from qlora.train import make_optimizer
 from tests import tiny
 
 IDS = tiny.tokens()
-
-
-def adapted(make: Callable[[], nn.Module] = tiny.llama, **settings: Any) -> nn.Module:
-    return tiny.randomize_adapter(tiny.quantized(make(), **settings))
 
 
 def values(model: nn.Module) -> list[torch.Tensor]:
@@ -51,12 +50,12 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    save_adapter(adapted(), tmp_path / "adapter")
+    save_adapter(tiny.adapted(), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
 def peft_adapter(model: nn.Module, folder: Path, **settings: Any) -> nn.Module:
-    """A model with an adapter that PEFT made, saved to ``folder``."""
+    """A model with an adapter that PEFT made, saved to `folder`."""
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings)
     wrapped = tiny.randomize_adapter(peft.get_peft_model(model, config)).eval()
     wrapped.save_pretrained(folder)
@@ -68,7 +67,7 @@ def peft_adapter(model: nn.Module, folder: Path, **settings: Any) -> nn.Module:
 
 @pytest.mark.parametrize("format", ["nf4", None])
 def test_what_is_saved_is_loaded(tmp_path: Path, format: str | None) -> None:
-    model = adapted(format=format)
+    model = tiny.adapted(format=format)
     save_adapter(model, tmp_path)
     other = tiny.quantized(tiny.llama(), format=format, alpha=1)
     load_adapter(other, tmp_path)
@@ -94,7 +93,7 @@ def test_peft_loads_our_adapter(
     tmp_path: Path, make: Callable[[], nn.Module], targets: str
 ) -> None:
     """On the same base: the one that our model holds, dequantized."""
-    model = adapted(make, target_modules=targets)
+    model = tiny.adapted(make, target_modules=targets)
     save_adapter(model, tmp_path)
     base = merge(tiny.quantized(make()))
     before = tiny.logits(base, IDS)
@@ -133,14 +132,50 @@ def test_we_load_an_adapter_of_peft(
 def test_the_base_that_an_adapter_was_trained_on_is_known(tmp_path: Path) -> None:
     settings = {"format": "int4", "blocksize": 32, "double_quant": False, "dropout": 0.05}
     for i, extra in enumerate(({}, {"double_quant": True, "scale_format": "e4m3"})):
-        model = adapted(**settings | extra, target_modules=["q_proj", "mlp.up_proj"])
+        model = tiny.adapted(**settings | extra, target_modules=["q_proj", "mlp.up_proj"])
         save_adapter(model, tmp_path / str(i))
         again = tiny.llama()
         qlora.quantize_model(again, read_config(tmp_path / str(i)))
         load_adapter(again, tmp_path / str(i))
         assert torch.equal(tiny.logits(again, IDS), tiny.logits(model, IDS))
-    save_adapter(adapted(format=None), tmp_path / "dense")
+    save_adapter(tiny.adapted(format=None), tmp_path / "dense")
     assert read_config(tmp_path / "dense").format is None
+
+
+@pytest.mark.parametrize("format", ["nf4", None])
+def test_an_adapter_knows_the_base_it_was_trained_on(tmp_path: Path, format: str | None) -> None:
+    save_adapter(tiny.adapted(format=format), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(tiny.quantized(tiny.llama(), format=format), tmp_path)
+    for other in (tiny.quantized(tiny.llama(seed=1), format=format), tiny.adapted(format="fp4")):
+        with pytest.warns(UserWarning, match="the adapter was trained on another base"):
+            load_adapter(other, tmp_path)
+    base = json.loads((tmp_path / BASE_CONFIG).read_text())
+    del base["fingerprint"]
+    (tmp_path / BASE_CONFIG).write_text(json.dumps(base))
+    assert read_config(tmp_path).format == format
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(tiny.quantized(tiny.llama(seed=1), format=format), tmp_path)
+
+
+def test_a_base_keeps_its_fingerprint_when_it_is_cast_to_compute() -> None:
+    for format in ("nf4", None):
+        model = tiny.adapted(format=format)
+        before = base_fingerprint(model)
+        assert base_fingerprint(model.to(torch.bfloat16)) == before
+
+
+def test_a_compiled_model_has_the_names_of_the_plain_one(tmp_path: Path, saved: Path) -> None:
+    model = tiny.adapted()
+    compiled = torch.compile(model, backend="eager")
+    save_adapter(compiled, tmp_path)
+    for name in (WEIGHTS, CONFIG, BASE_CONFIG):
+        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
+    load_adapter(compiled, saved)
+    assert adapter_parameters(compiled).keys() == adapter_parameters(model).keys()
+    assert len(make_optimizer(compiled, TrainConfig()).param_groups[0]["params"]) == 28
 
 
 def test_adapters_take_turns_on_one_base(tmp_path: Path) -> None:
@@ -207,9 +242,11 @@ def test_every_setting_of_a_plain_peft_config_is_allowed(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("r", None, "r must be an integer of at least 1, found None"),
+        ("r", None, "r must be an integer of at least 1; got None"),
         ("r", 4.0, "r must be an integer"),
-        ("lora_alpha", "8", "lora_alpha must be a number"),
+        ("lora_alpha", "8", "lora_alpha must be a finite number"),
+        ("lora_alpha", math.nan, "lora_alpha must be a finite number; got nan"),
+        ("lora_alpha", math.inf, "lora_alpha must be a finite number; got inf"),
         ("r", 8, "the adapter has rank 8, the model's layers have 4"),
     ],
 )
@@ -280,59 +317,25 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path, saved: Path) ->
             action(tiny.llama(), tmp_path)
 
 
-# Merging
-
-
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
-@pytest.mark.parametrize("format", ["nf4", None])
-def test_the_merged_model_answers_as_the_adapted_one(
-    make: Callable[[], nn.Module], format: str | None
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"rank": 8, "alpha": 16}, "the same rank; got 4 in .* and 8 in "),
+        ({"alpha": 1}, r"the same scaling; got 2\.0 in .* and 0\.25 in "),
+        ({"dropout": 0.5}, r"the same dropout; got 0\.0 in .* and 0\.5 in "),
+        ({"blocksize": 32}, "the same blocksize; got 64 in .* and 32 in "),
+        ({"double_quant": False}, "the same double_quant; got True in .* and False in "),
+    ],
+)
+def test_layers_that_one_file_cannot_describe_are_not_saved(
+    tmp_path: Path, setting: dict[str, Any], message: str
 ) -> None:
-    model = adapted(make, format=format)
-    expected = tiny.logits(model, IDS)
-    assert merge(model) is model
-    kinds = {type(m) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)}
-    assert kinds == ({Conv1D, nn.Linear} if make is tiny.gpt2 else {nn.Linear})
-    assert not any(isinstance(m, qlora.LoRALinear | qlora.QLoRALinear) for m in model.modules())
-    torch.testing.assert_close(tiny.logits(model, IDS), expected)
-    assert not any(parameter.is_meta for parameter in model.parameters())
-
-
-def test_merging_adds_in_fp32_and_rounds_once() -> None:
-    model = adapted()
-    layer = model.model.layers[0].mlp.gate_proj
-    base = qlora.dequantize_4bit(layer.weight, torch.float32)
-    with torch.no_grad():
-        expected = base + layer.scaling * (layer.lora_b @ layer.lora_a)
-    merge(model, torch.bfloat16)
-    merged = model.model.layers[0].mlp.gate_proj.weight
-    assert merged.dtype == torch.bfloat16
-    assert torch.equal(merged, expected.to(torch.bfloat16))
-
-
-def test_a_merged_layer_has_the_dtype_that_it_had_before() -> None:
-    model = adapted(lambda: tiny.llama().to(torch.bfloat16))
-    assert merge(model).model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
-def test_plain_transformers_loads_a_merged_model(
-    tmp_path: Path, make: Callable[[], nn.Module]
-) -> None:
-    model = merge(adapted(make))
-    model.save_pretrained(tmp_path)
-    assert "quantization_config" not in (tmp_path / "config.json").read_text()
-    loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(found.values())
-    assert torch.equal(tiny.logits(loaded.eval(), IDS), tiny.logits(model, IDS))
-
-
-def test_layers_without_an_adapter_and_single_layers_are_merged_too() -> None:
-    model = merge(adapted(target_modules=["q_proj"]))
-    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
-    config = qlora.QLoRAConfig(rank=2)
-    layer = qlora.QLoRALinear.from_linear(nn.Linear(64, 8), config)
-    x = torch.randn(3, 64)
-    torch.testing.assert_close(merge(layer)(x), layer(x))
-    with pytest.raises(ValueError, match="model must hold QLoRA layers to merge"):
-        merge(tiny.llama())
+    model = tiny.adapted()
+    config = qlora.QLoRAConfig(**{"rank": 4, "alpha": 8} | setting)
+    other = qlora.QLoRALinear.from_linear(nn.Linear(64, 96), config)
+    model.model.layers[1].mlp.up_proj = other
+    first = "model.layers.0.self_attn.q_proj"
+    with pytest.raises(ValueError, match=f"{message}model.layers.1.mlp.up_proj") as caught:
+        save_adapter(model, tmp_path)
+    assert first in str(caught.value)
+    assert not any(tmp_path.iterdir())

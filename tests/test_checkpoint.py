@@ -20,7 +20,7 @@ Run = tuple[torch.nn.Module, Path]
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Let a run break off in the middle of the step after ``after`` steps."""
+    """Let a run break off in the middle of the step after `after` steps."""
 
     def step(*args: Any) -> dict[str, float]:
         if args[-1] == after:
@@ -150,3 +150,10 @@ def test_a_checkpoint_of_another_run_is_refused(
     net = model(**{"dropout": 0.1} | change)
     with pytest.raises(ValueError, match=message):
         train(net, data, config, uninterrupted[1], progress=False)
+
+
+def test_a_checkpoint_over_another_base_is_refused(uninterrupted: Run) -> None:
+    """Of the same shapes: nothing else would tell."""
+    net = tiny.quantized(tiny.llama(seed=1), dropout=0.1)
+    with pytest.raises(ValueError, match=r"base fingerprint = '[0-9a-f]{16}', and now it is '"):
+        train(net, tiny.examples(), SMALL, uninterrupted[1], progress=False)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora import QLoRAConfig, quantize_4bit
+from qlora import QLoRAConfig, pretrained, quantize_4bit
 from qlora.__main__ import field_descriptions, main
 from qlora.pretrained import load_quantized
 from qlora.recipe import TrainConfig
@@ -30,6 +30,7 @@ RECIPE = [
     *("--micro-batch-size", "2", "--gradient-accumulation-steps", "2"),
     *("--max-length", "32", "--checkpoint-every", "10", "--device", "cpu"),
 ]
+PROMPT = ["--prompt", "Hello", "--max-new-tokens", "3", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,7 @@ def test_the_base_is_rebuilt_as_it_was_trained(
     options = ["--steps", "2", "--format", "int4", "--blocksize", "32", "--no-double-quant"]
     assert finetune(place, tmp_path, *options, "--target-modules", "q_proj", "up_proj") == 0
     base = json.loads((tmp_path / "qlora_config.json").read_text())
+    del base["fingerprint"]
     assert base == {"format": "int4", "blocksize": 32, "double_quant": False}
     names = load_file(tmp_path / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in names} == {"q_proj", "up_proj"}
@@ -260,14 +262,16 @@ def test_a_mistake_ends_with_one_line_and_status_2(place: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "0"], "steps must be finite and at least 1, got 0"),
+        (["--steps", "0"], "steps must be finite and at least 1; got 0"),
         (["--format", "nf3"], "nf3"),
         (["--blocksize", "48"], "48"),
         (["--rank", "0"], "rank"),
-        (["--schedule", "step"], "schedule must be one of constant, linear, cosine, got 'step'"),
+        (["--schedule", "step"], "schedule must be one of constant, linear, cosine; got 'step'"),
         (["--target-modules", "query"], "'query'"),
         (["--target-modules", "q_proj)"], "q_proj)"),
         (["--device", "tpu9"], "--device must be cpu, cuda"),
+        (["--device", "meta"], "--device must be cpu, cuda, cuda:1, ...; got 'meta'"),
+        (["--seed", "9" * 30], "seed must be at least 0 and below 2**63"),
         (["--evaluation-data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
     ],
 )
@@ -283,33 +287,61 @@ def test_wrong_options_are_named(
     assert not (tmp_path / "output").exists()
 
 
-def test_unusable_models_are_named(
+def test_what_the_model_cannot_take_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tiny.model_folder(tmp_path / "small", tiny.llama(vocab_size=40))
+    said = mistake(capsys, "generate", small, *PROMPT)
+    assert "tokens must be below 40, the size of the model's embedding" in said
+    model = tiny.model_folder(tmp_path / "model", tiny.gpt2())  # 128 positions
+    data = tiny.write_lines(tmp_path / "data.jsonl", [{"text": "abc " * 100}])
+    said = mistake(capsys, "evaluate", model, data, "--device", "cpu")
+    assert "max_length must be at most 128 for this model" in said
+    options = ["--device", "cpu", "--prompt", "a" * 128]
+    said = mistake(capsys, "generate", model, *options)
+    assert "prompt must have fewer tokens than the model's 128; got 128" in said
+    options[-1] = "a" * 125
+    assert main(["generate", str(model), *options]) == 0, "it stops at the last position"
+
+
+def test_an_adapter_away_from_its_base(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(name: str) -> Path:
-        return Path(shutil.copytree(place / "model", tmp_path / name))
+    adapter, data = place / "adapter", place / "data.jsonl"
+    gpt2 = tiny.model_folder(tmp_path / "gpt2", tiny.gpt2())
+    said = mistake(capsys, "evaluate", gpt2, data, "--adapter", adapter, "--device", "cpu")
+    assert f"{adapter}: the adapter does not fit {gpt2}" in said
+    other = tiny.model_folder(tmp_path / "other", tiny.llama(seed=1))
+    warning = f"qlora: warning: {adapter}: the adapter was trained on another base"
+    for model, expected in ((place / "model", False), (other, True)):
+        assert main(["evaluate", str(model), str(data), "--adapter", str(adapter)]) == 0
+        assert (warning in capsys.readouterr().err) == expected
 
-    def said(folder: Path) -> str:
-        message = mistake(capsys, "evaluate", folder, place / "data.jsonl", "--device", "cpu")
-        assert str(folder) in message
-        return message
+    silent = Path(shutil.copytree(adapter, tmp_path / "silent"))
+    (silent / "qlora_config.json").unlink()
+    for options, expected in (([], True), (["--format", "none"], False)):
+        out = tmp_path / f"merged-{expected}"
+        assert main(["merge", str(place / "model"), str(silent), str(out), *options]) == 0
+        note = f"{silent} does not say which base it was trained on; nf4 is assumed (--format none"
+        assert (note in capsys.readouterr().err) == expected
 
-    (folder := broken("a") / "config.json").unlink()
-    assert "config.json: no such file" in said(folder.parent)
-    (folder := broken("b") / "model.safetensors").unlink()
-    assert "no *.safetensors in the folder" in said(folder.parent)
-    path = broken("c") / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-    assert "cannot read the model" in said(path.parent)
-    path = broken("d") / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    assert "quantized already (gptq)" in said(path.parent)
-    path = broken("e") / "config.json"
-    path.write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    assert "9 weights are missing in the files (model.layers.2." in said(path.parent)
-    (path := broken("f") / "tokenizer.json").write_text("{")
-    assert "cannot read the tokenizer" in said(path.parent)
+
+def test_errors_and_interruptions_end_without_a_traceback(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end_with(error: BaseException) -> None:
+        def raise_it(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(pretrained, "load_tokenizer", raise_it)
+
+    end_with(TypeError("alpha must be a number"))
+    assert "alpha must be a number" in mistake(capsys, "generate", place / "model", *PROMPT)
+    end_with(KeyboardInterrupt())
+    assert main(["generate", str(place / "model"), *PROMPT]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+    assert finetune(place, place / "adapter") == 130
+    assert "goes on from its latest checkpoint" in capsys.readouterr().err
 
 
 def test_other_mistakes_are_named(
@@ -320,11 +352,18 @@ def test_other_mistakes_are_named(
     (tmp_path / "full" / "precious.txt").write_text("mine")
     said = mistake(capsys, "merge", model, adapter, tmp_path / "full")
     assert "full: exists already and is not an empty folder" in said
+    said = mistake(capsys, "merge", model, adapter, ".")
+    assert "exists already and is not an empty folder" in said
+    said = mistake(capsys, "finetune", model, data, "--output", data)
+    assert "data.jsonl: exists already and is not a folder" in said
     said = mistake(capsys, "evaluate", model, data, "--adapter", tmp_path)
     assert "adapter_config.json: no such file" in said
     said = mistake(capsys, "evaluate", model, data, "--batch-size", 0)
     assert "batch_size must be at least 1" in said
-    for option, value in (("--top-p", 0), ("--temperature", -1), ("--max-new-tokens", 0)):
+    for option, value in (
+        *(("--top-p", 0), ("--temperature", -1), ("--temperature", "nan")),
+        *(("--max-new-tokens", 0), ("--seed", 2**63)),
+    ):
         said = mistake(capsys, "generate", model, "--prompt", "a", option, value)
         assert f"{option[2:].replace('-', '_')} must be" in said
     said = mistake(capsys, "generate", model, "--prompt", "")

@@ -33,6 +33,24 @@ def test_dequantize_equals_the_reference(
     assert torch.equal(cpu.dequantize_4bit(*arguments), expected)
 
 
+@given(qst.tensors(), qst.formats, qst.blocksizes)
+def test_quantize_equals_the_reference(x: Tensor, format: str, blocksize: int) -> None:
+    packed, absmax = cpu.quantize_4bit(x, format, blocksize)
+    expected_packed, expected_absmax = reference.quantize_4bit(x, format, blocksize)
+    assert torch.equal(packed, expected_packed)
+    assert torch.equal(absmax, expected_absmax)
+
+
+@pytest.mark.parametrize("extra", [0, 1, 3, 64, 4097])
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_quantize_across_slabs(extra: int, format: str) -> None:
+    x = torch.randn(cpu._SLAB + extra, generator=torch.Generator().manual_seed(extra))
+    for actual, expected in zip(
+        cpu.quantize_4bit(x, format, 64), reference.quantize_4bit(x, format, 64), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("extra", [0, 1, 2, 3, 64, 65, 4097])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_dequantize_across_slabs(extra: int, dtype: torch.dtype) -> None:

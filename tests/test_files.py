@@ -43,12 +43,54 @@ def test_a_folder_is_replaced_only_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_only_leftovers_of_ours_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-000100.123.tmp").mkdir()
+    (tmp_path / "checkpoint-000100").mkdir()
     (tmp_path / ".checkpoint-000100.123.tmp.old").mkdir()
     (tmp_path / ".metrics.jsonl.9.tmp").touch()
     for mine in (".hidden", ".notes.tmp", "data.1.tmp"):
         (tmp_path / mine).touch()
     files.remove_leftovers(tmp_path)
-    assert names(tmp_path) == [".hidden", ".notes.tmp", "data.1.tmp"]
+    assert names(tmp_path) == [".hidden", ".notes.tmp", "checkpoint-000100", "data.1.tmp"]
+
+
+def test_a_folder_whose_replacement_never_came_goes_back_to_its_place(tmp_path: Path) -> None:
+    """What a kill between the two renames of `new_folder` leaves."""
+    for name in (".checkpoint-000100.123.tmp", ".checkpoint-000100.123.tmp.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["checkpoint-000100"]
+    assert (tmp_path / "checkpoint-000100" / "file").read_text().endswith(".old")
+
+
+def test_a_folder_goes_back_to_its_place_when_its_replacement_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, replace = tmp_path / "folder", os.replace
+
+    def fail_for_the_new(source: Path, target: Path) -> None:
+        if target == path and source.suffix != ".old":
+            raise OSError("disk full")
+        replace(source, target)
+
+    with files.new_folder(path) as temporary:
+        (temporary / "one").touch()
+    monkeypatch.setattr(os, "replace", fail_for_the_new)
+    with pytest.raises(OSError, match="disk full"), files.new_folder(path) as temporary:
+        (temporary / "two").touch()
+    assert names(tmp_path) == ["folder"]
+    assert names(path) == ["one"]
+
+
+def test_a_place_for_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.check_new_folder(tmp_path / "new")
+    files.check_new_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the current folder"):
+        files.check_new_folder(".")
+    Path("file").touch()
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match="exists already and is not an empty folder"):
+            files.check_new_folder(taken)
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
@@ -84,5 +126,5 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bad: truncated or not a safetensors file"):
         files.read_tensors(tmp_path / "bad")
     (tmp_path / "list").write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match="list: expected a JSON object, found list"):
+    with pytest.raises(ValueError, match="list: expected a JSON object; got list"):
         files.read_json(tmp_path / "list")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora.adapters import adapter_parameters, load_adapter
+from qlora.adapters import adapter_parameters, enable_adapters, load_adapter
 from qlora.batching import collate
 from qlora.data import IGNORE, Example
 from qlora.evaluation import evaluate, summed_loss
@@ -37,12 +37,14 @@ def test_the_defaults_are_the_guanaco_recipe() -> None:
 @pytest.mark.parametrize(
     ("setting", "error", "message"),
     [
-        ({"steps": 0}, ValueError, "steps must be finite and at least 1, got 0"),
-        ({"steps": 1.5}, TypeError, "steps must be of type int, got 1.5"),
+        ({"steps": 0}, ValueError, "steps must be finite and at least 1; got 0"),
+        ({"steps": 1.5}, TypeError, "steps must be of type int; got 1.5"),
         ({"seed": True}, TypeError, "seed must be of type int"),
         ({"learning_rate": math.nan}, ValueError, "learning_rate must be finite"),
         ({"learning_rate": math.inf}, ValueError, "learning_rate must be finite"),
         ({"beta2": 1.0}, ValueError, "beta2 must be below 1"),
+        ({"epsilon": 0.0}, ValueError, "epsilon must be above 0; got 0"),
+        ({"seed": 2**63}, ValueError, r"seed must be at least 0 and below 2\*\*63; got 9223"),
         ({"schedule": "step"}, ValueError, "schedule must be one of constant, linear, cosine"),
         ({"precision": "int8"}, ValueError, "precision must be one of auto, bfloat16, float32"),
         ({"group_by_length": 1}, TypeError, "group_by_length must be of type bool"),
@@ -152,6 +154,35 @@ def test_the_gradient_is_clipped_and_its_norm_reported_before() -> None:
     assert seen == pytest.approx([1e-3], rel=1e-2)
 
 
+def test_the_optimizer_takes_each_step_with_the_settings_of_the_run() -> None:
+    chosen = {"beta1": 0.5, "beta2": 0.75, "epsilon": 1e-3, "weight_decay": 0.25}
+    config = replace(SMALL, schedule="linear", learning_rate=4e-3, steps=4, **chosen)
+    net, seen = model(), []
+    optimizer = make_optimizer(net, config)
+    names = ("lr", "betas", "eps", "weight_decay")
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.extend([group[name] for name in names] for group in optimizer.param_groups)
+    )
+    parameters, batch = list(adapter_parameters(net).values()), collate(tiny.examples(2))
+    records = [train_step(net, optimizer, parameters, [batch], config, i) for i in range(4)]
+    rates = [4e-3, 3e-3, 2e-3, 1e-3]
+    assert seen == [[pytest.approx(rate), (0.5, 0.75), 1e-3, 0.25] for rate in rates]
+    assert [record["lr"] for record in records] == pytest.approx(rates)
+
+
+def test_each_step_has_a_dropout_of_its_own_and_always_the_same() -> None:
+    config = replace(SMALL, learning_rate=0.0)
+    net = tiny.randomize_adapter(model(dropout=0.5)).train()
+    parameters, batch = list(adapter_parameters(net).values()), collate(tiny.examples(4))
+    optimizer = make_optimizer(net, config)
+    losses = [
+        train_step(net, optimizer, parameters, [batch], recipe, step)["loss"]
+        for recipe, step in ((config, 0), (config, 1), (replace(config, seed=1), 0), (config, 0))
+    ]
+    assert losses[0] == losses[3]
+    assert len(set(losses)) == 3, "another step, and another seed, drop other values"
+
+
 def test_gradient_checkpointing_computes_twice_and_the_same(tmp_path: Path) -> None:
     nets, calls = [], []
     for enabled in (True, False):
@@ -217,6 +248,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_adapters_are_spoilt(tmp_path
         assert torch.equal(was, parameter)
 
 
+def _example(length: int, token: int = 1) -> Example:
+    return Example(torch.full((length,), token), torch.full((length,), token))
+
+
 def test_what_cannot_be_trained_is_named(tmp_path: Path) -> None:
     def attempt(net: torch.nn.Module, data: Any) -> None:
         train(net, data, replace(SMALL, max_length=20), tmp_path, progress=False)
@@ -234,12 +269,23 @@ def test_what_cannot_be_trained_is_named(tmp_path: Path) -> None:
         attempt(model(), [])
     with pytest.raises(TypeError, match="dataset must hold Examples, item 0 is a dict"):
         attempt(model(), [{"input_ids": [1, 2]}])
-    long = Example(torch.ones(21, dtype=torch.long), torch.ones(21, dtype=torch.long))
     with pytest.raises(ValueError, match="example 0 has 21 tokens, more than max_length = 20"):
-        attempt(model(), [long])
+        attempt(model(), [_example(21)])
     masked = Example(torch.ones(3, dtype=torch.long), torch.full((3,), IGNORE))
     with pytest.raises(ValueError, match="example 0 has no token to learn"):
         attempt(model(), [masked])
+    silent = model()
+    enable_adapters(silent, False)
+    with pytest.raises(ValueError, match="adapters are switched off in 14 layers"):
+        attempt(silent, tiny.examples())
+    with pytest.raises(
+        ValueError, match=r"max_length must be at most 16 for this model .*got .* 17"
+    ):
+        attempt(tiny.quantized(tiny.llama(max_position_embeddings=16)), [_example(17)])
+    with pytest.raises(ValueError, match="got an example of 257 tokens"):
+        train(model(), tiny.examples(), SMALL, tmp_path, eval_dataset=[_example(257)])
+    with pytest.raises(ValueError, match=r"tokens must be below 258, .*embedding; got 258"):
+        attempt(model(), [_example(3, token=258)])
     with pytest.raises(ValueError, match="data must have at least one token to predict"):
         evaluate(tiny.llama(), [])
 
@@ -253,6 +299,27 @@ def test_evaluation_takes_batches_and_leaves_the_model_as_it_was() -> None:
     assert {name for name, m in net.named_modules() if not m.training} == {"lm_head"}
     unpadded = {"input_ids": tiny.tokens(), "labels": tiny.tokens()}
     assert evaluate(net, [unpadded]).tokens == 2 * 11
+
+
+def test_a_loss_too_large_for_a_perplexity_is_a_loss_still() -> None:
+    net = tiny.llama()
+    net.lm_head.weight.data *= 1e4
+    result = evaluate(net, tiny.examples())
+    assert 700 < result.nll < math.inf
+    assert result.perplexity == math.inf
+
+
+def test_what_cannot_be_evaluated_is_named() -> None:
+    net, data = tiny.llama(max_position_embeddings=16), tiny.examples()
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        evaluate(net, data, batch_size=0)
+    with pytest.raises(ValueError, match="max_length must be at most 16 for this model"):
+        evaluate(net, [*data, _example(17)])
+    with pytest.raises(ValueError, match="tokens must be below 258"):
+        evaluate(net, [{"input_ids": tiny.tokens() + 258, "labels": tiny.tokens()}])
+    net.lm_head.weight.data[20] = math.nan
+    with pytest.raises(FloatingPointError, match="the loss is nan in batch 1 of 2"):
+        evaluate(net, data)
 
 
 def test_progress_without_tqdm(

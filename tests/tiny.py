@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ def randomize_adapter(model: torch.nn.Module, seed: int = 2) -> torch.nn.Module:
             values = torch.randn(parameter.shape, generator=generator)
             parameter.data.copy_(0.05 * values)
     return model
+
+
+def adapted(make: Callable[[], torch.nn.Module] = llama, **settings: Any) -> torch.nn.Module:
+    """A quantized model with an adapter that does something."""
+    return randomize_adapter(quantized(make(), **settings))
 
 
 def tokens(rows: int = 2, length: int = 12, seed: int = 3) -> torch.Tensor:
