@@ -29,7 +29,7 @@ groups of cases:
 """
 _EPILOG = """\
 examples:
-  python -m benchmarks                       everything, a few minutes
+  python -m benchmarks                       everything, about six minutes on two cores
   python -m benchmarks --quick               small shapes and few rounds, to see that all runs
   python -m benchmarks --only step           the fine-tuning step alone
   OMP_NUM_THREADS=1 python -m benchmarks     on one thread
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument(
-        "--seconds", type=float, help="time to spend on the rounds of a case (default: 8)"
+        "--seconds", type=float, help="time to spend on the rounds of a case (default: 4)"
     )
     parser.add_argument(
         "--output",

@@ -77,7 +77,7 @@ class Case:
 class Settings:
     """How long to measure: rounds until a case has used its seconds, within these bounds."""
 
-    seconds: float = 8.0
+    seconds: float = 4.0
     min_rounds: int = 7
     max_rounds: int = 60
     warmup_rounds: int = 1
