@@ -121,7 +121,16 @@ def test_dropout_mask_equals_the_reference(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(
-    ("m", "n", "k", "r"), [(1, 1, 1, 1), (5, 33, 70, 4), (17, 64, 128, 16), (3, 9, 64, 0)]
+    ("m", "n", "k", "r"),
+    [
+        (1, 1, 1, 1),
+        (5, 33, 70, 4),
+        (17, 64, 128, 16),
+        (3, 9, 64, 0),
+        (3, 5, 1000, 64),
+        (4, 5, 1000, 64),
+        (1, 5, 1000, 256),
+    ],
 )
 def test_layer_keeps_to_the_tolerance_rule(dtype, dropout, m, n, k, r) -> None:
     generator = torch.Generator().manual_seed(m + n)
