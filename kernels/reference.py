@@ -56,8 +56,12 @@ def quantize_4bit(x: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tenso
     normalized, absmax = normalize(to_blocks(x, blocksize))
     rank = torch.bucketize(normalized.view(-1)[: x.numel()], thresholds(format, x.device))
     codes = rank_to_code(format, x.device)[rank]
-    codes = F.pad(codes, (0, codes.numel() % 2))
-    return codes[0::2] << 4 | codes[1::2], absmax
+    return pack(F.pad(codes, (0, codes.numel() % 2))), absmax
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two codes a byte, the even element in the high nibble: uint8 [2 bytes] to uint8 [bytes]."""
+    return codes[0::2] << 4 | codes[1::2]
 
 
 def dequantize_4bit(
