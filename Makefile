@@ -2,18 +2,19 @@
 # make test    the whole test suite
 # make lint    style and format
 # make bench   time what this machine can run, against what is installed
+# make gpu     GPU tests, then benchmarks, on the machine's own Python: nothing is installed
 #
-# Each makes .venv first. PYTHON=python3.12 chooses the interpreter it is made with.
+# All but the last make .venv first. PYTHON=python3.12 chooses the interpreter, of .venv or for `make gpu`.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help repro test gpu-test lint format bench clean
+.PHONY: help repro test gpu-test lint format bench gpu clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +44,13 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+
+# One test that fails ends it: a wrong kernel is not timed.
+gpu:
+	@$(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || \
+		{ echo "make gpu: $(PYTHON) must have torch and see a CUDA GPU, and does not" >&2; exit 1; }
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu -q
+	$(PYTHON) -m benchmarks
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ from setuptools import setup
 
 HF = ["transformers>=5.17", "safetensors>=0.5", "tokenizers>=0.22", "tqdm>=4.60"]
 REPRO = [*HF, "accelerate>=1.0", "gguf>=0.17", "matplotlib>=3.8"]
-PEERS = ["bitsandbytes>=0.49", "peft>=0.18"]
+PEERS = ["bitsandbytes>=0.49", "peft>=0.18", "torchao>=0.18"]
 
 setup(
     name="qlora-from-scratch",

@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import machine, plot, results
-from benchmarks.harness import Case, Measurement, Settings, clock_for, measure
+from benchmarks import ceilings, machine, plot, results
+from benchmarks.harness import Case, Measurement, Settings, measure
 from benchmarks.peers import quiet
-from benchmarks.suite import GROUPS, all_cases
+from benchmarks.suite import GROUPS, all_cases, useful_dtypes
 from qlora import files
 
 _DESCRIPTION = """\
 Time what this machine can run, beside the peers that are installed.
 
 All contenders of a case run in turns in this process, on the same weights, down to the bytes. Each one's result is
-held to an fp64 oracle first: one that is wrong is not timed. Ratios are of medians.
+held to an fp64 oracle first: one that is wrong is not timed. Ratios are of medians, percentages are of what a
+large copy and a large product reach in the same run.
 
 other commands:
   python -m benchmarks static    what the compiler makes of the GPU kernels; needs no GPU
-  python -m benchmarks plot      draw speed-up bars from stored results
+  python -m benchmarks plot      draw speed-ups and rooflines from stored results
+  python -m benchmarks readme    write the stored results into README.md
 
 groups of cases:
 """
 _EPILOG = """\
 examples:
-  python -m benchmarks                       everything, about six minutes on two cores
+  python -m benchmarks                       everything: minutes, on a GPU and on two cores
   python -m benchmarks --quick               small shapes and few rounds, to see that all runs
   python -m benchmarks --only step           the fine-tuning step alone
   OMP_NUM_THREADS=1 python -m benchmarks     on one thread
 
-The exit status is 1 if a result of ours was wrong or a limit was not kept. For figures to publish, leave
+The exit status is 1 if a result of ours was wrong or a required target was missed; other targets that are
+missed are marked in the table. For figures to publish, leave
 the machine idle: compare p20 and p80 to see how much others disturbed.
 """
 _QUICK = Settings(seconds=1.0, min_rounds=3, max_rounds=10)
@@ -49,7 +53,16 @@ def main(argv: list[str] | None = None) -> int:
         return static.main(argv[1:])
     if argv[:1] == ["plot"]:
         return plot.main(argv[1:])
-    return _run(_parser().parse_args(argv))
+    if argv[:1] == ["readme"]:
+        from benchmarks import readme
+
+        return readme.main(argv[1:])
+    options = _parser().parse_args(argv)
+    if options.baseline is not None:
+        from benchmarks import baseline
+
+        return baseline.compare(options.baseline, argv)
+    return _run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument(
         "--seconds", type=float, help="time to spend on the rounds of a case (default: 4)"
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="REVISION",
+        help="compare ours in the working tree with ours at this commit; stored only with --output",
+    )
+    parser.add_argument(
+        "--ours-only", action="store_true", help="time ours and the yardsticks, and draw nothing"
     )
     parser.add_argument(
         "--output",
@@ -90,42 +111,61 @@ def _run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     settings = _QUICK if options.quick else Settings()
     if options.seconds is not None:
-        settings = Settings(options.seconds, settings.min_rounds, settings.max_rounds)
+        settings = replace(settings, seconds=options.seconds)
     with quiet():
-        cases = all_cases(device, options.only or list(GROUPS), options.quick)
-        measurements = _measure(cases, settings, device)
-    result = results.record(measurements, settings, device)
+        dtypes = useful_dtypes(device)
+        cases = all_cases(device, dtypes, options.only or list(GROUPS), options.quick)
+        if not cases:
+            print(f"no case of {', '.join(options.only)} runs on {device.type}", file=sys.stderr)
+            return 2
+        if options.ours_only:
+            cases = [without_peers(case) for case in cases]
+        speeds = ceilings.measure(device, dtypes, options.quick)
+        measurements = _measure(cases, settings)
+    result = results.record(measurements, settings, device, speeds)
     print(results.table(result))
     path = options.output or plot.RESULTS / f"{_stem(options, result)}.json"
     files.write_json(path, result)
     print(f"\nwritten to {path}")
-    _draw(result, path, options.output is None)
+    if not options.ours_only:
+        _draw(result, path, options.output is None)
     failures = results.failures(result)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def _measure(cases: list[Case], settings: Settings, device: torch.device) -> list[Measurement]:
+def _measure(cases: list[Case], settings: Settings) -> list[Measurement]:
     measurements = []
     with tqdm(cases, unit="case", dynamic_ncols=True) as bar:
         # In a log file a line for each case is enough.
         report = bar.set_postfix_str if sys.stderr.isatty() else lambda doing: None
         for case in bar:
             bar.set_description(f"{case.group}: {case.name}")
-            measurements.append(measure(case, settings, clock_for(device), report))
+            measurements.append(measure(case, settings, report=report))
+            if case.device.type == "cuda":
+                torch.cuda.empty_cache()  # the next case allocates other sizes
     return measurements
+
+
+def without_peers(case: Case) -> Case:
+    """The case with ours and its yardsticks alone."""
+    ours, *others = case.contenders
+    yardsticks = [contender for contender in others if contender.is_yardstick]
+    return replace(case, contenders=(ours, *yardsticks))
 
 
 def _stem(options: argparse.Namespace, result: dict) -> str:
     words = [machine.file_stem(result["device"]), *(options.only or [])]
-    return "-".join([*words, "quick"] if options.quick else words)
+    words += ["ours"] * options.ours_only + ["quick"] * options.quick
+    return "-".join(words)
 
 
 def _draw(result: dict, path: Path, in_place: bool) -> None:
     folder = plot.PLOTS if in_place else path.parent
     try:
-        print(f"drawn to {plot.draw(result, folder / f'{path.stem}.png')}")
+        for drawn in plot.draw(result, folder / f"{path.stem}.png"):
+            print(f"drawn to {drawn}")
     except ImportError:
         print("not drawn: matplotlib is not installed")
 

@@ -2,32 +2,30 @@
 
 All contenders of a case run in turns within one process, in a new random order each round, so that whatever
 drifts (clock rate, temperature, another program) hits all alike. One sample is the mean time of a call over
-all input sets of the case, which are fresh random tensors and together larger than a cache.
+all input sets of the case, which are fresh random tensors.
 """
 
 from __future__ import annotations
 
 import gc
 import random
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Call = Callable[[], Any]
-Clock = Callable[[Call], float]
-"""Runs a call and returns how many seconds it took."""
+from benchmarks import clocks
+from benchmarks.clocks import Call, Clock, first_line
 
 TIMED, WRONG, FAILED, NOT_INSTALLED = "timed", "wrong", "failed", "not installed"
-
-
-class WrongResult(AssertionError):
-    """A contender's result is off by more than the case allows."""
+_CPU = torch.device("cpu")
+CHECK_SEED = 20230523
+"""torch's generators are seeded with it before the call that is checked: a check can redraw its dropout."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +35,19 @@ class Contender:
     Attributes:
         name: as it stands in the table.
         prepare: takes one input set and returns the call to time; what it does itself is not timed.
+        check: takes the input set and what the call returned; raises AssertionError if that is wrong. None
+            marks a yardstick: a call that does less than the case asks for, to see what the hardware gives.
         requires: packages without which it is listed as not installed.
-        tensors: what the call returns, as the tensors that `Case.check` expects. None marks a yardstick:
-            a call that does less than the case asks for and is not checked, to see what the hardware gives.
     """
 
     name: str
     prepare: Callable[[Any], Call]
+    check: Callable[[Any, Any], None] | None
     requires: tuple[str, ...] = ()
-    tensors: Callable[[Any], list[Tensor]] | None = list
+
+    @property
+    def is_yardstick(self) -> bool:
+        return self.check is None
 
 
 @dataclass(frozen=True)
@@ -57,35 +59,52 @@ class Case:
         name: shapes and data type, short.
         parameters: the same, for the JSON.
         inputs: makes an input set from a seed.
-        check: takes an input set and a contender's tensors; raises AssertionError if they are wrong.
         contenders: the first is ours.
-        limits: by contender, what ours may take at most of its time.
+        targets: by contender, the least ratio of its time to ours that is aimed at.
+        required: whether a target that is missed is a failure of the run.
         input_sets: how many input sets there are.
+        device: where it runs.
+        clock: how it is timed: `clocks.EAGER`, `GRAPH` or `HOST`.
+        bytes_moved: the fewest bytes that device memory must move, if there is a saying.
+        operations: floating point operations of the products; None if there are none.
+        most_temporary_bytes: what ours may hold beyond inputs and results, where that is bounded.
     """
 
     group: str
     name: str
     parameters: Mapping[str, Any]
     inputs: Callable[[int], Any]
-    check: Callable[[Any, list[Tensor]], None]
     contenders: Sequence[Contender]
-    limits: Mapping[str, float] = field(default_factory=dict)
+    targets: Mapping[str, float] = field(default_factory=dict)
+    required: bool = False
     input_sets: int = 1
+    device: torch.device = _CPU
+    clock: str = clocks.EAGER
+    bytes_moved: int | None = None
+    operations: int | None = None
+    most_temporary_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure: rounds until a case has used its seconds, within these bounds."""
+    """How long to measure: rounds until a case has used its seconds, within these bounds.
+
+    A contender that has alone used three times the seconds of the case sits out after `slow_rounds`.
+    """
 
     seconds: float = 4.0
     min_rounds: int = 7
     max_rounds: int = 60
     warmup_rounds: int = 1
+    slow_rounds: int = 3
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What became of one contender; the percentiles are None unless `status` is "timed"."""
+    """What became of one contender; the percentiles are None unless `status` is "timed".
+
+    `temporary_bytes` is what one call held beyond inputs and result; None where that is not measured.
+    """
 
     contender: str
     status: str
@@ -95,6 +114,7 @@ class Timing:
     p20_ms: float | None = None
     p50_ms: float | None = None
     p80_ms: float | None = None
+    temporary_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,102 +134,109 @@ class Measurement:
             return None
         return timing.p50_ms / self.ours.p50_ms
 
-    def keeps_limit(self, timing: Timing) -> bool | None:
-        """Whether ours takes at most `limits` times the contender's time; None if there is no saying."""
-        limit, ratio = self.case.limits.get(timing.contender), self.ratio(timing)
-        return None if limit is None or ratio is None else 1 / ratio <= limit
-
-
-# --- Clocks -----------------------------------------------------------------------------------------
-
-
-def cpu_clock(call: Call) -> float:
-    """Wall-clock time."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def cuda_clock(call: Call) -> float:
-    """Time between two events on the current stream: the GPU's own clock, without the launch of the first."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def clock_for(device: torch.device) -> Clock:
-    return cuda_clock if device.type == "cuda" else cpu_clock
-
-
-# --- Measuring --------------------------------------------------------------------------------------
+    def meets_target(self, timing: Timing) -> bool | None:
+        """Whether the ratio is at least the contender's target; None if there is no saying."""
+        target, ratio = self.case.targets.get(timing.contender), self.ratio(timing)
+        return None if target is None or ratio is None else ratio >= target
 
 
 def measure(
     case: Case,
     settings: Settings,
-    clock: Clock,
+    clock: Clock | None = None,
     report: Callable[[str], None] = lambda doing: None,
 ) -> Measurement:
     """Check all contenders of a case, then time those that were right.
 
     Args:
-        clock: see `clock_for`.
+        clock: by default the one of the case's device and kind.
         report: is told what is being done, for a progress bar.
     """
     report("inputs")
     inputs = [case.inputs(seed) for seed in range(case.input_sets)]
-    calls: dict[str, list[Call]] = {}
-    refused: dict[str, Timing] = {}
+    admitted: dict[str, Timing] = {}
+    calls: dict[str, Call] = {}
     for contender in case.contenders:
         report(f"check {contender.name}")
-        outcome = _admit(case, contender, inputs)
-        if isinstance(outcome, Timing):
-            refused[contender.name] = outcome
-        else:
-            calls[contender.name] = outcome
-    samples = _time_in_turns(calls, settings, clock, report)
-    timings = (refused.get(c.name) or _timing(c, samples[c.name]) for c in case.contenders)
+        admitted[contender.name], call = _admit(case, contender, inputs)
+        if call is not None:
+            calls[contender.name] = call
+    clock = clock or clocks.clock_for(case.device, case.clock)
+    samples = _time_in_turns(calls, case.input_sets, settings, clock, report)
+    timings = (_with_percentiles(admitted[c.name], samples.get(c.name)) for c in case.contenders)
     return Measurement(case, tuple(timings))
 
 
-def _admit(case: Case, contender: Contender, inputs: Sequence[Any]) -> list[Call] | Timing:
-    """The calls of a contender, one for each input set, or why it is not timed."""
-    yardstick = contender.tensors is None
-    if missing := [package for package in contender.requires if not _installed(package)]:
-        return Timing(contender.name, NOT_INSTALLED, ", ".join(missing), yardstick)
+# --- Who is timed -----------------------------------------------------------------------------------
+
+
+def _admit(case: Case, contender: Contender, inputs: Sequence[Any]) -> tuple[Timing, Call | None]:
+    """A contender's status, and a call of it on all input sets; None if it is not timed."""
+    timing = Timing(contender.name, TIMED, is_yardstick=contender.is_yardstick)
+    if missing := [package for package in contender.requires if find_spec(package) is None]:
+        return replace(timing, status=NOT_INSTALLED, reason=", ".join(missing)), None
     try:
         calls = [contender.prepare(one) for one in inputs]
+        torch.manual_seed(CHECK_SEED)
         result = calls[0]()
-        if contender.tensors is not None:
-            case.check(inputs[0], contender.tensors(result))
+        if contender.check is not None:
+            contender.check(inputs[0], result)
+        del result
+        if case.device.type == "cuda":
+            timing = replace(timing, temporary_bytes=clocks.temporary_bytes(calls[0]))
+        if case.clock != clocks.GRAPH:
+            return timing, partial(clocks.run_all, calls)
+        return timing, _captured(contender, calls, inputs)
     except AssertionError as error:
-        return Timing(contender.name, WRONG, _first_line(error), yardstick)
+        return replace(timing, status=WRONG, reason=first_line(error)), None
     except Exception as error:  # a peer may fail in any way, and the others can still be timed
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        return Timing(contender.name, FAILED, reason, yardstick)
-    return calls
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return replace(timing, status=FAILED, reason=reason), None
+
+
+def _captured(contender: Contender, calls: Sequence[Call], inputs: Sequence[Any]) -> Call:
+    """The replay of a graph of all calls, checked anew: a graph may hold less than the eager call did."""
+    replay, results = clocks.capture(calls)
+    if contender.check is not None:
+        for result in results:
+            _spoil(result)
+        replay()
+        for one, result in zip(inputs, results, strict=True):
+            contender.check(one, result)
+    return replay
+
+
+def _spoil(result: Any) -> None:
+    """Overwrite a tensor, so that what a replay does not write shows."""
+    if not isinstance(result, Tensor):
+        raise TypeError(f"a captured call must return one tensor; got {type(result).__name__}")
+    result.fill_(torch.nan)
+
+
+# --- Rounds -----------------------------------------------------------------------------------------
 
 
 def _time_in_turns(
-    calls: Mapping[str, list[Call]],
+    calls: Mapping[str, Call],
+    input_sets: int,
     settings: Settings,
     clock: Clock,
     report: Callable[[str], None],
 ) -> dict[str, list[float]]:
-    """Seconds of a call, by contender, a sample for each round."""
+    """Seconds of a call on one input set, by contender, a sample for each round."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    order, spent, rounds = random.Random(0), 0.0, -settings.warmup_rounds
+    used = dict.fromkeys(calls, 0.0)
+    order, rounds = random.Random(0), -settings.warmup_rounds
     with _no_garbage_collection():
-        while calls and _goes_on(rounds, spent, settings):
+        while calls and _goes_on(rounds, sum(used.values()), settings):
             for name in order.sample(list(calls), len(calls)):
+                if _sits_out(len(samples[name]), used[name], settings):
+                    continue
                 report(f"{name}, round {max(rounds, 0) + 1}")
-                seconds = clock(lambda sets=calls[name]: _run_all(sets))
+                seconds = clock(calls[name])
                 if rounds >= 0:
-                    samples[name].append(seconds / len(calls[name]))
-                    spent += seconds
+                    samples[name].append(seconds / input_sets)
+                    used[name] += seconds
             rounds += 1
     return samples
 
@@ -220,9 +247,8 @@ def _goes_on(rounds: int, spent: float, settings: Settings) -> bool:
     return rounds < settings.max_rounds and spent < settings.seconds
 
 
-def _run_all(calls: Iterable[Call]) -> None:
-    for call in calls:
-        call()
+def _sits_out(rounds: int, used: float, settings: Settings) -> bool:
+    return rounds >= settings.slow_rounds and used >= 3 * settings.seconds
 
 
 @contextmanager
@@ -238,16 +264,11 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _timing(contender: Contender, samples: Sequence[float]) -> Timing:
-    return Timing(
-        contender.name,
-        TIMED,
-        is_yardstick=contender.tensors is None,
-        rounds=len(samples),
-        p20_ms=1e3 * percentile(samples, 20),
-        p50_ms=1e3 * percentile(samples, 50),
-        p80_ms=1e3 * percentile(samples, 80),
-    )
+def _with_percentiles(timing: Timing, samples: Sequence[float] | None) -> Timing:
+    if samples is None:
+        return timing
+    p20, p50, p80 = (1e3 * percentile(samples, percent) for percent in (20, 50, 80))
+    return replace(timing, rounds=len(samples), p20_ms=p20, p50_ms=p50, p80_ms=p80)
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
@@ -257,11 +278,3 @@ def percentile(samples: Sequence[float], percent: float) -> float:
     below = int(position)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (position - below) * (ordered[above] - ordered[below])
-
-
-def _installed(package: str) -> bool:
-    return find_spec(package) is not None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 _ROOT = Path(__file__).resolve().parents[1]
-_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "numpy")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "torchao", "numpy")
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """The peers, holding the very bytes that ours hold: then all compute the same and one oracle serves all.
 
+torchao is the exception. Its NF4 has a codebook of four digits, scales that are quantized linearly, and all of it
+in the dtype of the weight: it is held to what its own bytes stand for.
+
 Every function imports what it needs when it is called; a case lists it under `Contender.requires`.
 """
 
@@ -18,6 +21,7 @@ from qlora.kernels import formats
 from qlora.quantized import QuantizedTensor
 
 BITSANDBYTES = ("bitsandbytes",)
+TORCHAO = ("torchao",)
 PEFT = ("peft",)
 PEFT_OVER_BITSANDBYTES = ("peft", "bitsandbytes")
 
@@ -25,7 +29,8 @@ PEFT_OVER_BITSANDBYTES = ("peft", "bitsandbytes")
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the peers' warnings about what is optional or deprecated in them."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -105,22 +110,48 @@ def bitsandbytes_linear(q: QuantizedTensor, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
-def peft_model(model: nn.Module, rank: int, alpha: float, target_modules: Any) -> nn.Module:
+def torchao_quantize(weight: Tensor) -> Tensor:
+    """torchao's own NF4, double-quantized: an NF4Tensor."""
+    with quiet():
+        from torchao.quantization import to_nf4
+
+    return to_nf4(weight, block_size=64, scaler_block_size=256)
+
+
+def torchao_oracle(weight: Any) -> Tensor:
+    """What the bytes of an NF4Tensor stand for, in fp64 and without a rounding."""
+    codes = torch.stack([weight.quantized_data >> 4, weight.quantized_data & 15], dim=-1)
+    blocks = weight.quantized_scalers.double().view(-1, weight.scaler_block_size)
+    scales = blocks / weight.quantization_factor.double()[:, None] + weight.scaler_mean.double()
+    values = weight.nf4.double()[codes.long()].view(-1, weight.block_size)
+    return (values * scales.view(-1, 1)).view(weight.shape)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """As PEFT's models are trained in bf16: its adapters are in fp32, and so would be their products without it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def peft_model(
+    model: nn.Module, rank: int, alpha: float, target_modules: Any, dropout: float = 0.0
+) -> nn.Module:
     """The model with PEFT's LoRA, on its Linear or Linear4bit layers. Adapters are in fp32, as PEFT's default."""
     with quiet():
         from peft import LoraConfig, get_peft_model
 
         # The mark by which PEFT finds bitsandbytes' layers; it means nothing to the others.
         model.is_loaded_in_4bit = True
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules)
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=target_modules, lora_dropout=dropout
+        )
         return get_peft_model(model, config)
 
 
-def peft_layer(linear: nn.Module, rank: int, alpha: float) -> nn.Module:
+def peft_layer(linear: nn.Module, rank: int, alpha: float, dropout: float) -> nn.Module:
     """One linear layer with PEFT's LoRA."""
     holder = nn.Module()
     holder.layer = linear
-    return peft_model(holder, rank, alpha, ["layer"]).base_model.model.layer
+    return peft_model(holder, rank, alpha, ["layer"], dropout).base_model.model.layer
 
 
 def peft_adapter(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:

@@ -15,17 +15,22 @@ from benchmarks import machine
 from benchmarks.harness import Measurement, Settings, Timing
 from qlora import files
 
-SCHEMA = 1
+SCHEMA = 2
 _HEADER = ("", "p20 ms", "p50 ms", "p80 ms", "time / ours", "")
 
 
 def record(
-    measurements: Sequence[Measurement], settings: Settings, device: torch.device
+    measurements: Sequence[Measurement],
+    settings: Settings,
+    device: torch.device,
+    ceilings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that was measured, as a JSON object.
 
-    `cases` is a list of {group, name, parameters, input_sets, timings}, a timing being {contender, status,
-    reason, is_yardstick, rounds, p20_ms, p50_ms, p80_ms, time_over_ours, limit, keeps_limit} and the first that of ours.
+    `ceilings` are those of `ceilings.measure`; `cases` is a list of {group, name, parameters, input_sets, clock,
+    bytes_moved, operations, required, most_temporary_bytes, timings}, a timing being {contender, status, reason,
+    is_yardstick, rounds, p20_ms, p50_ms, p80_ms, temporary_bytes, time_over_ours, target, meets_target} and the
+    first that of ours.
     """
     return {
         "schema": SCHEMA,
@@ -34,26 +39,33 @@ def record(
         "device": machine.describe(device),
         "versions": machine.versions(),
         "settings": asdict(settings),
-        "cases": [
-            {
-                "group": m.case.group,
-                "name": m.case.name,
-                "parameters": dict(m.case.parameters),
-                "input_sets": m.case.input_sets,
-                "timings": [_timing(m, timing) for timing in m.timings],
-            }
-            for m in measurements
-        ],
+        "ceilings": dict(ceilings),
+        "cases": [_case(measurement) for measurement in measurements],
+    }
+
+
+def _case(measurement: Measurement) -> dict[str, Any]:
+    case = measurement.case
+    return {
+        "group": case.group,
+        "name": case.name,
+        "parameters": dict(case.parameters),
+        "input_sets": case.input_sets,
+        "clock": case.clock,
+        "bytes_moved": case.bytes_moved,
+        "operations": case.operations,
+        "required": case.required,
+        "most_temporary_bytes": case.most_temporary_bytes,
+        "timings": [_timing(measurement, timing) for timing in measurement.timings],
     }
 
 
 def _timing(measurement: Measurement, timing: Timing) -> dict[str, Any]:
-    ratio = measurement.ratio(timing)
     return {
         **asdict(timing),
-        "time_over_ours": ratio,
-        "limit": measurement.case.limits.get(timing.contender),
-        "keeps_limit": measurement.keeps_limit(timing),
+        "time_over_ours": measurement.ratio(timing),
+        "target": measurement.case.targets.get(timing.contender),
+        "meets_target": measurement.meets_target(timing),
     }
 
 
@@ -66,20 +78,35 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def failures(result: Mapping[str, Any]) -> list[str]:
-    """What is amiss: ours not timed, or a limit not kept."""
+    """What is amiss: ours not timed, or a required target missed."""
     found = []
     for case in result["cases"]:
         ours, *others = case["timings"]
         if ours["status"] != "timed":
             found.append(f"{case['name']}: {ours['contender']} {ours['status']}: {ours['reason']}")
-        for other in others:
-            if other["keeps_limit"] is False:
-                taken = 1 / other["time_over_ours"]
-                found.append(
-                    f"{case['name']}: ours takes {taken:.2f} x {other['contender']},"
-                    f" the limit is {other['limit']:g}"
-                )
+        found += [
+            f"{case['name']}: {other['contender']} takes {other['time_over_ours']:.2f} x our time,"
+            f" required is at least {other['target']:.2f}"
+            for other in others
+            if case["required"] and other["meets_target"] is False
+        ]
     return found
+
+
+def shares(case: Mapping[str, Any], ceilings: Mapping[str, Any]) -> dict[str, float]:
+    """What part of our time the "copy" of the bytes and the "product"'s operations would take at the ceilings."""
+    p50_ms = case["timings"][0]["p50_ms"]
+    copy = ceilings.get("copy_gb_per_s")
+    product = ceilings.get("product_tflop_per_s", {}).get(case["parameters"].get("dtype"))
+    found = {}
+    if p50_ms and case["bytes_moved"] and copy:
+        found["copy"] = case["bytes_moved"] / (copy * 1e6) / p50_ms
+    if p50_ms and case["operations"] and product:
+        found["product"] = case["operations"] / (product * 1e9) / p50_ms
+    return found
+
+
+# --- The table --------------------------------------------------------------------------------------
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -100,33 +127,64 @@ def _aligned(row: tuple[str, ...], widths: Sequence[int]) -> str:
 
 def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     yield _HEADER
+    yield (_ceilings(result["ceilings"]),)
     for case in result["cases"]:
         yield ("",)
-        yield (f"{case['group']}: {case['name']}{_weights(case['parameters'])}",)
+        yield (f"{case['group']}: {case['name']}{_details(case)}",)
         for timing in case["timings"]:
-            yield _row(timing)
+            yield _row(case, timing, result["ceilings"])
 
 
-def _weights(parameters: Mapping[str, Any]) -> str:
-    return f", {parameters['weights']} weights" if "weights" in parameters else ""
+def _ceilings(ceilings: Mapping[str, Any]) -> str:
+    speeds = [f"copy {ceilings['copy_gb_per_s']:.4g} GB/s"] if "copy_gb_per_s" in ceilings else []
+    products = ceilings.get("product_tflop_per_s", {})
+    speeds += [f"product in {dtype} {speed:.3g} TFLOP/s" for dtype, speed in products.items()]
+    return f"ceilings: {', '.join(speeds) or 'not measured'}"
 
 
-def _row(timing: Mapping[str, Any]) -> tuple[str, ...]:
+def _details(case: Mapping[str, Any]) -> str:
+    weights = case["parameters"].get("weights")
+    clock = {"graph": ", CUDA graph", "host": ", host time"}.get(case["clock"], "")
+    return (f", {weights} weights" if weights else "") + clock
+
+
+def _row(
+    case: Mapping[str, Any], timing: Mapping[str, Any], ceilings: Mapping[str, Any]
+) -> tuple[str, ...]:
     name = f"  {timing['contender']}"
     if timing["status"] != "timed":
         reason = f" ({timing['reason']})" if timing["reason"] else ""
         return (name, "-", "-", "-", "-", f"{timing['status']}{reason}")
     times = (_digits(timing[key]) for key in ("p20_ms", "p50_ms", "p80_ms"))
     ratio = timing["time_over_ours"]
-    return (name, *times, "-" if ratio is None else f"{ratio:.2f}", _note(timing))
+    notes = ", ".join(_notes(case, timing, ceilings))
+    return (name, *times, "-" if ratio is None else f"{ratio:.2f}", notes)
 
 
-def _note(timing: Mapping[str, Any]) -> str:
-    if timing["keeps_limit"] is not None:
-        taken = f"ours takes {1 / timing['time_over_ours']:.2f} x"
-        verdict = "kept" if timing["keeps_limit"] else "NOT KEPT"
-        return f"{taken}, limit {timing['limit']:g}: {verdict}"
-    return "yardstick" if timing["is_yardstick"] else ""
+def _notes(
+    case: Mapping[str, Any], timing: Mapping[str, Any], ceilings: Mapping[str, Any]
+) -> Iterator[str]:
+    is_ours = timing is case["timings"][0]
+    if timing["is_yardstick"]:
+        yield "yardstick"
+    if timing["meets_target"] is not None:
+        least = f"{'required' if case['required'] else 'target'} {timing['target']:.2f}"
+        verdict = "met" if timing["meets_target"] else f"missed ({timing['time_over_ours']:.2f})"
+        yield f"{least}: {verdict}"
+    if is_ours:
+        yield from (f"{share:.0%} of {name}" for name, share in shares(case, ceilings).items())
+    if tokens := case["parameters"].get("tokens"):
+        yield f"{1e3 * tokens / timing['p50_ms']:,.0f} tokens/s"
+    if timing["temporary_bytes"] is not None:
+        most = case["most_temporary_bytes"] if is_ours else None
+        yield f"{timing['temporary_bytes'] / 2**20:.1f} MiB temporary{_bound(timing, most)}"
+
+
+def _bound(timing: Mapping[str, Any], most: int | None) -> str:
+    if most is None:
+        return ""
+    verdict = "met" if timing["temporary_bytes"] <= most else "missed"
+    return f" (at most {most / 2**20:.0f}: {verdict})"
 
 
 def _digits(milliseconds: float) -> str:

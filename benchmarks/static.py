@@ -27,6 +27,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.static_cases import Case, cases
+from qlora.kernels import few_tokens
 
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Shared memory that one block may use."""
@@ -45,12 +46,16 @@ class Report:
     shared_bytes: int
     load_bits: int
     """Width of the widest load from global memory."""
+    store_bits: int
+    """Width of the widest store to global memory."""
     sass_per_weight: float | None
-    """Instructions per decoded weight: of the main loop, or of the whole kernel where there is no loop."""
+    """Instructions per weight: of the main loop, or where there is none of the kernel without its subroutines."""
     fused_multiply_adds: int
     """FFMA instructions. Decoding a scale must have none: its product and sum are rounded one by one."""
     maxima_without_nan: int
     """FMNMX instructions that drop a NaN. Quantization must have none: a NaN has to show in absmax."""
+    flushing: int
+    """Instructions of the body that flush subnormal numbers to zero. Quantization, which uses them, must have none."""
     matrix_instruction: str
     """wgmma, mma.sync, or an empty string."""
     left_operand: str
@@ -155,14 +160,22 @@ class Sass:
         instructions, loops = _parse(listing)
         return cls(instructions, loops, figures["REG"], figures["STACK"] + figures["LOCAL"])
 
-    def main_loop(self) -> list[Instruction]:
-        """The last loop, or the whole kernel if there is none."""
-        return self.instructions[slice(*self.loops[-1])] if self.loops else self.instructions
+    def body(self) -> list[Instruction]:
+        """The kernel up to its last EXIT.
 
-    def load_bits(self) -> int:
-        """Width of the widest load from global memory."""
-        loads = (opcode for opcode, _ in self.instructions if opcode.startswith("LDG"))
-        return max(map(_width, loads), default=0)
+        What follows are subroutines for what hardly occurs, such as a quotient below the normal numbers.
+        """
+        exits = [i for i, (opcode, _) in enumerate(self.instructions) if opcode == "EXIT"]
+        return self.instructions[: exits[-1] + 1] if exits else self.instructions
+
+    def main_loop(self) -> list[Instruction]:
+        """The last loop, or the body if there is none."""
+        return self.instructions[slice(*self.loops[-1])] if self.loops else self.body()
+
+    def bits(self, family: str) -> int:
+        """Width of the widest access to global memory: LDG, which LDGSTS begins with too, or STG."""
+        accesses = (opcode for opcode, _ in self.instructions if opcode.startswith(family))
+        return max(map(_width, accesses), default=0)
 
     def matrix_instruction(self) -> str:
         """Hopper's wgmma, the older mma.sync, or an empty string."""
@@ -205,10 +218,18 @@ def _width(load: str) -> int:
     return int(sizes[-1]) if sizes else 32
 
 
+def _weights(constants: dict[str, Any]) -> int:
+    """Weights that a program encodes or decodes in one step of its main loop; 0 if it has to do with none."""
+    if "ROW_GROUPS" in constants:  # `few_tokens`
+        rows = 8 * constants["ROW_GROUPS"]
+        return rows * constants["TILES"] * few_tokens.TILE_K * constants["WARPS"]
+    return constants.get("TILE") or constants.get("BLOCK_N", 0) * constants.get("BLOCK_K", 0)
+
+
 def _inspect(launch: Launch, arch: int, case: str) -> Report:
     compiled, constants = launch.compiled, launch.constants
     sass = Sass.of(compiled.asm["cubin"])
-    weights = constants.get("TILE") or constants.get("BLOCK_N", 0) * constants.get("BLOCK_K", 0)
+    weights = _weights(constants)
     threads = 32 * compiled.metadata.num_warps
     return Report(
         kernel=compiled.metadata.name.strip("_").removesuffix("_kernel"),
@@ -218,12 +239,14 @@ def _inspect(launch: Launch, arch: int, case: str) -> Report:
         registers=sass.registers,
         spill_bytes=sass.stack_bytes,
         shared_bytes=compiled.metadata.shared,
-        load_bits=sass.load_bits(),
+        load_bits=sass.bits("LDG"),
+        store_bits=sass.bits("STG"),
         sass_per_weight=round(len(sass.main_loop()) * threads / weights, 2) if weights else None,
         fused_multiply_adds=sum(opcode.startswith("FFMA") for opcode, _ in sass.instructions),
         maxima_without_nan=sum(
             opcode.startswith("FMNMX") and "NAN" not in opcode for opcode, _ in sass.instructions
         ),
+        flushing=sum("FTZ" in opcode for opcode, _ in sass.body()),
         matrix_instruction=sass.matrix_instruction(),
         left_operand=sass.left_operand(),
     )

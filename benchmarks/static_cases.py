@@ -10,10 +10,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from qlora.kernels import double_quant, formats, fused_linear, lora, nf4
+from qlora.kernels import double_quant, formats, linear, lora, nf4
 
 N, K, RANK = 11008, 4096, 64
 """Out and in features of a LLaMA-7B layer, and the paper's rank."""
+
+TOKENS = (1, 16, 64, 512, 4096)
+"""Few, in between and many."""
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -31,14 +34,14 @@ def cases(every: bool = False) -> list[Case]:
     if not every:
         return [
             *_blockwise(torch.bfloat16, 64),
-            *(_forward(torch.bfloat16, m) for m in (1, 64, 4096)),
-            *(_grad_x(torch.bfloat16, m, 0.05) for m in (1, 64, 4096)),
+            *(_forward(torch.bfloat16, m) for m in TOKENS),
+            *(_grad_x(torch.bfloat16, m, 0.05) for m in TOKENS),
             _adapter(torch.bfloat16, 0.05),
-            _forward(torch.float16, 4096, nested=False),
-            _grad_x(torch.float16, 4096, 0.0, nested=False),
+            _forward(torch.float16, 512, nested=False),
+            _grad_x(torch.float16, 512, 0.0, nested=False),
             _adapter(torch.float16, 0.0),
-            _forward(torch.float32, 4096),
-            _grad_x(torch.float32, 4096, 0.05),
+            _forward(torch.float32, 512),
+            _grad_x(torch.float32, 512, 0.05),
         ]
     found: list[Case] = []
     for dtype in DTYPE_NAMES:
@@ -46,7 +49,7 @@ def cases(every: bool = False) -> list[Case]:
             found += _blockwise(dtype, blocksize)
             # These rows are multiples of 32, not of every block size: blocks straddle them.
             found.append(_forward(dtype, 4096, blocksize=blocksize, k=K + 32))
-        for m, nested in product((1, 64, 4096), (True, False)):
+        for m, nested in product(TOKENS, (True, False)):
             found.append(_forward(dtype, m, nested=nested))
             found += [_grad_x(dtype, m, dropout, nested=nested) for dropout in (0.0, 0.05)]
         for rank, dropout in product((8, RANK, 256), (0.0, 0.05)):
@@ -97,17 +100,19 @@ def _forward(
     nested: bool = True,
     rank: int = RANK,
     blocksize: int = 64,
+    n: int | None = None,
     k: int = K,
 ) -> Case:
-    """The projection on the rank, and the fused forward."""
+    """The projection on the rank, and the layer's forward."""
+    n = n or N
 
     def call() -> None:
-        fused_linear.qlora_forward(
+        linear.qlora_forward(
             _empty(m, k, dtype=dtype),
-            *_weight(N, k, blocksize, nested),
-            _empty(N, dtype=dtype),
+            *_weight(n, k, blocksize, nested),
+            _empty(n, dtype=dtype),
             _empty(rank, k, dtype=dtype),
-            _empty(N, rank, dtype=dtype),
+            _empty(n, rank, dtype=dtype),
             None,
             0.25,
             0.0,
@@ -123,10 +128,10 @@ def _forward(
 def _grad_x(
     dtype: torch.dtype, m: int, dropout: float, nested: bool = True, rank: int = RANK
 ) -> Case:
-    """The fused input gradient."""
+    """The layer's input gradient."""
 
     def call() -> None:
-        fused_linear.qlora_grad_x(
+        linear.qlora_grad_x(
             _empty(m, N, dtype=dtype),
             _empty(m, rank, dtype=dtype),
             *_weight(N, K, 64, nested),

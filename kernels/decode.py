@@ -15,19 +15,32 @@ from qlora.kernels import formats
 from qlora.kernels.primitives import round_to
 
 NESTED_BLOCKSIZE = tl.constexpr(formats.NESTED_BLOCKSIZE)
+NESTED_SHIFT = tl.constexpr(formats.NESTED_BLOCKSIZE.bit_length() - 1)
 
 
 @triton.jit
 def load_absmax(block, mask, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, scale_codebook_ptr):
-    """The fp32 absmax of each block; read as it is, or decoded if it is double-quantized.
+    """The fp32 absmax of each block; read as it is, or decoded if it is double-quantized."""
+    absmax = tl.load(absmax_ptr + block, mask=mask, other=0)
+    return decode_absmax(
+        absmax, block, mask, nested_absmax_ptr, nested_offset_ptr, scale_codebook_ptr
+    )
+
+
+@triton.jit
+def decode_absmax(absmax, block, mask, nested_absmax_ptr, nested_offset_ptr, scale_codebook_ptr):
+    """The fp32 absmax from what is stored for each block; `mask` is None if all blocks exist.
 
     QLoRA, section 3: scale_codebook[code] * nested_absmax[block // 256] + nested_offset. The product and the
     sum are rounded one after the other, so kernels that call this are launched with enable_fp_fusion=False.
     """
-    absmax = tl.load(absmax_ptr + block, mask=mask, other=0)
     if nested_absmax_ptr is not None:
         value = tl.load(scale_codebook_ptr + absmax.to(tl.int32))
-        nested = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
+        nested_ptrs = nested_absmax_ptr + (block >> NESTED_SHIFT)
+        if mask is None:
+            nested = tl.load(nested_ptrs)
+        else:
+            nested = tl.load(nested_ptrs, mask=mask, other=0.0)
         absmax = value * nested + tl.load(nested_offset_ptr)
     return absmax
 
@@ -109,15 +122,27 @@ def weight_arguments(
     scale_format: str,
 ) -> dict[str, Tensor | None]:
     """The pointers a kernel decodes a weight from, by parameter name; None where not double-quantized."""
+    return {
+        "packed_ptr": packed.contiguous(),
+        "codebook_ptr": formats.codebook(format, packed.device),
+        **scale_arguments(absmax, nested_absmax, nested_offset, scale_format),
+    }
+
+
+def scale_arguments(
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    scale_format: str,
+) -> dict[str, Tensor | None]:
+    """Those of them that scales are decoded from."""
     scale_codebook = None
     if nested_absmax is not None:
         nested_absmax = nested_absmax.contiguous()
-        scale_codebook = formats.scale_codebook(scale_format, packed.device)
+        scale_codebook = formats.scale_codebook(scale_format, absmax.device)
     return {
-        "packed_ptr": packed.contiguous(),
         "absmax_ptr": absmax.contiguous(),
         "nested_absmax_ptr": nested_absmax,
         "nested_offset_ptr": nested_offset,
-        "codebook_ptr": formats.codebook(format, packed.device),
         "scale_codebook_ptr": scale_codebook,
     }

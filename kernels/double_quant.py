@@ -31,8 +31,8 @@ def _quantize_absmax_kernel(
     absmax fp32 [blocks] to codes u8 [blocks] and nested_absmax fp32 [nested_blocks]. A program takes ROWS
     nested blocks of 256; past the end a nested block is filled up with zeros.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    block = row[:, None] * NESTED_BLOCKSIZE + tl.arange(0, NESTED_BLOCKSIZE)[None, :]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    block = row[None, :, None] * NESTED_BLOCKSIZE + tl.arange(0, NESTED_BLOCKSIZE)[None, None, :]
     inside = block < blocks
     absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0)
     centred = tl.where(inside, absmax - tl.load(offset_ptr), 0.0)
@@ -79,7 +79,7 @@ def _dequantize_absmax_kernel(
     TILE: tl.constexpr,
 ):
     """absmax = scale_codebook[code] * nested_absmax + nested_offset: codes u8 [blocks] to absmax fp32 [blocks]."""
-    block = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = block < blocks
     absmax = load_absmax(
         block, inside, codes_ptr, nested_absmax_ptr, nested_offset_ptr, scale_codebook_ptr

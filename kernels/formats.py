@@ -7,7 +7,8 @@ reference, the CPU path, the Triton kernels) encodes by the same rule, which the
     code = rank_to_code[rank]
     value = values[code]
 
-where the thresholds are the fp32 midpoints between neighbouring values.
+where the thresholds are the fp32 midpoints between neighbouring values. `Format.cell_ranks` finds the rank
+of a 4-bit format with one comparison.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 NESTED_BLOCKSIZE = 256
 """Scales that share one second-level absmax (QLoRA, section 3, "Double Quantization")."""
+
+CELLS = 128
+"""Equal parts of [-1, 1] that `Format.cell_ranks` is indexed by: a byte each, one word in each of 32 banks."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,23 @@ class Format:
         """The code of each value in ascending order (16 entries; the last repeats where a value does)."""
         codes = [code for _, code in self._ranked()]
         return tuple(codes + codes[-1:] * (16 - len(codes)))
+
+    @property
+    def cell_ranks(self) -> Tensor:
+        """uint8 [CELLS]: the rank at the lower end of each cell, from which a rank takes one comparison.
+
+            base = cell_ranks[cell(x)];    rank = base + (x > thresholds[base])
+
+        `cell` never decreases, so thresholds in lower cells are below x and those in higher cells are not.
+        What is left is the threshold in x's own cell, of which there must be no more than one.
+        """
+        occupied = cell(self.thresholds[self.thresholds.isfinite()])
+        if len(occupied.unique()) < len(occupied):
+            raise ValueError(
+                f"the thresholds of format {self.name!r} must lie in {len(occupied)} different cells "
+                f"of {CELLS}; got cells {occupied.tolist()}"
+            )
+        return torch.bucketize(torch.arange(CELLS, device="cpu"), occupied).to(torch.uint8)
 
     def _ranked(self) -> list[tuple[float, int]]:
         """(value, lowest code of that value), ascending."""
@@ -80,6 +101,16 @@ class ScaleFormat:
 def _float32(values: Sequence[float]) -> Tensor:
     """On the CPU, whatever torch's default dtype and device are."""
     return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+def cell(normalized: Tensor) -> Tensor:
+    """The cell of each fp32 value: round((CELLS - 1) * clamp(x / 2 + 1 / 2, 0, 1)), ties to even; int64.
+
+    An fp32 sum, then a product that is rounded once, to an integer: two instructions on a device. Zero lies
+    on the border of two cells, as the fp4 format has thresholds close to zero on both sides of it.
+    """
+    shifted = (normalized * 0.5 + 0.5).clamp(0, 1)
+    return (shifted.double() * (CELLS - 1)).round().long()
 
 
 def _signed(magnitudes: list[float]) -> tuple[float, ...]:
@@ -196,6 +227,21 @@ def thresholds(format: str, device: torch.device) -> Tensor:
 def rank_to_code(format: str, device: torch.device) -> Tensor:
     """uint8 [16]: see `Format.rank_to_code`."""
     return torch.tensor(FORMATS[format].rank_to_code, dtype=torch.uint8, device=device)
+
+
+@cache
+def cell_ranks(format: str, device: torch.device) -> Tensor:
+    """uint8 [CELLS]: see `Format.cell_ranks`."""
+    return FORMATS[format].cell_ranks.to(device)
+
+
+@cache
+def code_bytes(format: str, device: torch.device) -> Tensor | None:
+    """uint8 [256]: two packed codes by the two packed ranks, or None if every code is its rank."""
+    codes = torch.tensor(FORMATS[format].rank_to_code, dtype=torch.uint8, device="cpu")
+    if codes.tolist() == list(range(16)):
+        return None
+    return (codes[:, None] << 4 | codes[None, :]).view(-1).to(device)
 
 
 @cache

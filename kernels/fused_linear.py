@@ -1,4 +1,4 @@
-"""The QLoRA linear layer on the device: 4-bit decode, matrix product and adapter in one kernel each way.
+"""The layer in one pass: 4-bit decode, matrix product and adapter in one kernel each way.
 
 Both kernels compute the product transposed, with the decoded weight as the *left* operand: Hopper's wgmma
 takes its left operand straight from registers, where decoding leaves it. So a program's accumulator is
@@ -13,16 +13,13 @@ Held to `reference.qlora_forward` and `reference.qlora_grad_x` by the tolerance 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora.kernels import reference, tuning
+from qlora.kernels import tuning
 from qlora.kernels.decode import load_weight_tile, scale_width, weight_arguments
 from qlora.kernels.dropout import dropout_arguments, dropout_key, keep_mask
-from qlora.kernels.lora import lora_project
-from qlora.kernels.nf4 import dequantize_4bit
 from qlora.kernels.primitives import dot, round_to
 
 
@@ -149,38 +146,22 @@ def _qlora_forward_kernel(
     )
 
 
-def qlora_forward(
+def forward(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     bias: Tensor | None,
-    lora_a: Tensor,
+    h: Tensor,
     lora_b: Tensor,
-    rng: Tensor | None,
     scaling: float,
-    dropout: float,
     format: str,
     blocksize: int,
     scale_format: str,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.qlora_forward`."""
+) -> Tensor:
+    """y [m, n] of `reference.qlora_forward`, from its h; k is even."""
     (m, k), (n, r) = x.shape, lora_b.shape
-    h = lora_project(x, lora_a, rng, dropout)
-    if not tuning.can_fuse(k, x.dtype):
-        weight = dequantize_4bit(
-            packed,
-            absmax,
-            nested_absmax,
-            nested_offset,
-            format,
-            blocksize,
-            scale_format,
-            [n, k],
-            x.dtype,
-        )
-        return F.linear(x, weight, bias).addmm_(h, lora_b.mT, alpha=scaling), h
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if y.numel():
         config = tuning.qlora_forward(m, r, x.dtype)
@@ -210,7 +191,7 @@ def qlora_forward(
                 enable_fp_fusion=False,
                 **config,
             )
-    return y, h
+    return y
 
 
 @triton.jit(do_not_specialize=["m", "threshold"])
@@ -313,7 +294,7 @@ def _qlora_grad_x_kernel(
     )
 
 
-def qlora_grad_x(
+def grad_x(
     grad_y: Tensor,
     g: Tensor,
     packed: Tensor,
@@ -328,27 +309,10 @@ def qlora_grad_x(
     blocksize: int,
     scale_format: str,
 ) -> Tensor:
-    """See `reference.qlora_grad_x`."""
+    """See `reference.qlora_grad_x`; k is even."""
     (m, n), (r, k) = grad_y.shape, lora_a.shape
-    if not tuning.can_fuse(k, grad_y.dtype):
-        weight = dequantize_4bit(
-            packed,
-            absmax,
-            nested_absmax,
-            nested_offset,
-            format,
-            blocksize,
-            scale_format,
-            [n, k],
-            g.dtype,
-        )
-        grad_x = grad_y @ weight
-        if rng is None:
-            return grad_x.addmm_(g, lora_a, alpha=scaling)
-        keep = reference.dropout_mask(rng, m, k, dropout)
-        return grad_x.add_(torch.where(keep, g @ lora_a, 0), alpha=scaling / (1 - dropout))
-    grad_x = torch.empty(m, k, dtype=grad_y.dtype, device=grad_y.device)
-    if grad_x.numel():
+    out = torch.empty(m, k, dtype=grad_y.dtype, device=grad_y.device)
+    if out.numel():
         config = tuning.qlora_grad_x(m, r, grad_y.dtype)
         tiles = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_K"])
         threshold, keep_scale = dropout_arguments(dropout)
@@ -361,7 +325,7 @@ def qlora_grad_x(
                 g_ptr=g,
                 lora_a_ptr=lora_a,
                 rng_ptr=rng,
-                grad_x_ptr=grad_x,
+                grad_x_ptr=out,
                 m=m,
                 n=n,
                 k=k,
@@ -381,4 +345,4 @@ def qlora_grad_x(
                 enable_fp_fusion=False,
                 **config,
             )
-    return grad_x
+    return out

@@ -82,6 +82,8 @@ def lora_project(x: Tensor, weight: Tensor, rng: Tensor | None, dropout: float) 
     if not tuning.has_dot(x.dtype):
         return reference.lora_project(x, weight, rng, dropout)
     (m, k), r = x.shape, weight.shape[0]
+    if not r:  # no adapter
+        return x.new_empty(m, 0)
     config = tuning.lora_project(r, x.dtype)
     tiles = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(r, config["BLOCK_R"])
     splits, reduction = tuning.split_reduction(tiles[0] * tiles[1], k, config["BLOCK_K"])

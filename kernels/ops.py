@@ -181,7 +181,7 @@ def _fake_qlora_forward(
 _define(
     f"qlora_forward(Tensor x, Tensor packed, {_SCALES}, Tensor? bias, Tensor lora_a, Tensor lora_b,"
     f" Tensor? rng, float scaling, float dropout, {_FORMAT}) -> (Tensor, Tensor)",
-    "fused_linear",
+    "linear",
     _fake_qlora_forward,
 )
 
@@ -257,7 +257,7 @@ def _fake_qlora_grad_x(
 _define(
     f"qlora_grad_x(Tensor grad_y, Tensor g, Tensor packed, {_SCALES}, Tensor lora_a, Tensor? rng,"
     f" float scaling, float dropout, {_FORMAT}) -> Tensor",
-    "fused_linear",
+    "linear",
     _fake_qlora_grad_x,
 )
 

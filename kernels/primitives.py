@@ -1,9 +1,10 @@
 """Device functions that every kernel shares: exact casts, products, and the block-wise codec.
 
 Triton's interpreter (TRITON_INTERPRET=1) is where the kernels are tested without a GPU, and it differs from
-hardware in two ways, both about bfloat16: a cast truncates where hardware rounds to nearest even, and
-`tl.dot` multiplies raw bit patterns. `to_float32`, `round_to` and `dot` take a correct way around under the
-constant INTERPRETED; compiled, they are a plain cast and a plain dot.
+hardware in three ways: a cast to bfloat16 truncates where hardware rounds to nearest even, `tl.dot`
+multiplies the raw bit patterns of bfloat16, and a minimum or maximum keeps a NaN. `to_float32`, `round_to`,
+`dot` and `saturate` take a correct way around under the constant INTERPRETED; compiled, they are what their
+names say.
 """
 
 import triton
@@ -14,8 +15,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def to_float32(x):
-    """x as fp32, exactly."""
-    if INTERPRETED and x.dtype == tl.bfloat16:
+    """x as fp32, exactly. bfloat16 is shifted: a compiled cast takes two instructions for every other element."""
+    if x.dtype == tl.bfloat16:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         x = bits.to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -40,6 +41,15 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def elements_left(total, tile, SIZE: tl.constexpr):
+    """How many of the SIZE elements of tile number `tile`, an int64, lie within the first `total`: int32.
+
+    So that masks are compared in 32 bits, which takes half the instructions.
+    """
+    return tl.minimum(total - tile * SIZE, SIZE).to(tl.int32)
+
+
+@triton.jit
 def _nan_maximum(a, b):
     """The larger of two values, NaN if either is: by default a device's maximum drops a NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -47,24 +57,33 @@ def _nan_maximum(a, b):
 
 @triton.jit
 def normalize(x):
-    """Scale each row of x [blocks, blocksize] into [-1, 1]: (x * (1 / absmax), absmax [blocks]).
+    """Scale each block of x [parts, blocks, width] into [-1, 1]: (x * (1 / absmax), absmax [blocks]).
 
     QLoRA, section 2, equation 1. The division is IEEE's. A tiny absmax, whose reciprocal would overflow, is
-    lifted by a power of two first, together with its block; a row of zeros is multiplied by 1 / inf = 0. A NaN
-    survives in its row's absmax, where the caller looks for it.
+    lifted by a power of two first, together with its block; a block of zeros is multiplied by 1 / inf = 0. A
+    NaN survives in its block's absmax, where the caller looks for it.
     """
-    absmax = tl.reduce(tl.abs(x), 1, _nan_maximum)
+    absmax = tl.reduce(tl.reduce(tl.abs(x), 0, _nan_maximum), 1, _nan_maximum)
     lift = tl.where(absmax < 2.0**-100, 2.0**64, 1.0)
     divisor = tl.where(absmax > 0, absmax * lift, float("inf"))
     inverse = tl.math.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
-    return x * lift[:, None] * inverse[:, None], absmax
+    return x * lift[None, :, None] * inverse[None, :, None], absmax
+
+
+@triton.jit
+def saturate(x):
+    """x clamped to [0, 1], a NaN to 0: on a device a modifier of the instruction that makes x."""
+    if INTERPRETED:
+        x = tl.where(x == x, x, 0.0)
+    return tl.minimum(tl.maximum(x, 0.0), 1.0)
 
 
 @triton.jit
 def count_below(x, thresholds_ptr, LEVELS: tl.constexpr):
     """For each element of x, how many of the 2^LEVELS - 1 ascending thresholds are strictly below it.
 
-    A binary search: a table of 15 or 255 entries stays in the first-level cache.
+    A binary search, for thresholds as uneven as those of the 8-bit formats: 255 entries stay in the
+    first-level cache.
     """
     rank = tl.zeros(x.shape, tl.int32)
     for level in tl.static_range(LEVELS):

@@ -13,7 +13,7 @@ Config = dict[str, int]
 
 # --- Block-wise kernels: TILE elements a program, and at least one block --------------------------------
 
-QUANTIZE_4BIT: Config = {"TILE": 4096, "num_warps": 4}
+QUANTIZE_4BIT: Config = {"TILE": 8192, "PARTS": 4, "num_warps": 8}
 DEQUANTIZE_4BIT: Config = {"TILE": 8192, "num_warps": 4}
 QUANTIZE_ABSMAX: Config = {"ROWS": 4, "num_warps": 4}
 DEQUANTIZE_ABSMAX: Config = {"TILE": 2048, "num_warps": 4}
@@ -22,6 +22,12 @@ DEQUANTIZE_ABSMAX: Config = {"TILE": 2048, "num_warps": 4}
 def blockwise(config: Config, blocksize: int) -> Config:
     """The configuration with a tile of at least one block."""
     return config | {"TILE": max(config["TILE"], blocksize)}
+
+
+def quantize_4bit(blocksize: int) -> Config:
+    """Configuration of 4-bit quantization. A part of a block has at least 16 elements, whole sectors of memory."""
+    config = blockwise(QUANTIZE_4BIT, blocksize)
+    return config | {"PARTS": min(config["PARTS"], blocksize // 16)}
 
 
 # --- Matrix kernels: by the number of tokens m and by the operands' width -----------------------------
@@ -54,6 +60,27 @@ LORA_PROJECT: Config = {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 8, "num_stage
 LORA_PROJECT_FP32: Config = {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
 LORA_GRAD: Config = {"BLOCK_WIDE": 64, "BLOCK_M": 64, "num_warps": 8, "num_stages": 3}
 LORA_GRAD_FP32: Config = {"BLOCK_WIDE": 32, "BLOCK_M": 32, "num_warps": 8, "num_stages": 2}
+
+FEW_TOKENS: _TILED_BY_M = (
+    (1, {"ROW_GROUPS": 2, "COLUMN_GROUPS": 1, "num_warps": 8, "num_stages": 1}),
+    (4, {"ROW_GROUPS": 2, "COLUMN_GROUPS": 1, "num_warps": 8, "num_stages": 1}),
+    (8, {"ROW_GROUPS": 2, "COLUMN_GROUPS": 2, "num_warps": 8, "num_stages": 1}),
+    (16, {"ROW_GROUPS": 2, "COLUMN_GROUPS": 4, "num_warps": 8, "num_stages": 1}),
+)
+"""By tokens; see `few_tokens`. More go through `qlora_forward`."""
+
+MANY_TOKENS = 1024
+"""Tokens from which on a layer goes through `many_tokens`."""
+
+SLAB_BYTES = 32 * 2**20
+"""Of the weight that is decoded at a time for many tokens: within the second-level cache of an H100 (50 MB)."""
+
+SLAB_MULTIPLE = 256
+"""Rows or columns of a slab are a multiple of this, the larger side of cuBLAS' tiles."""
+
+DEQUANTIZE_SLAB: Config = {"BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 4}
+ADAPTER: Config = {"BLOCK_M": 64, "BLOCK_W": 128, "num_warps": 4, "num_stages": 2}
+ADAPTER_FP32: Config = {"BLOCK_M": 32, "BLOCK_W": 64, "num_warps": 8, "num_stages": 2}
 
 GROUP_M = 8
 """Tiles of tokens that share a tile of weight in the second-level cache before the next one is read."""
@@ -94,6 +121,31 @@ def qlora_grad_x(m: int, r: int, dtype: torch.dtype) -> Config:
     """Configuration of the fused input-gradient kernel."""
     table = QLORA_GRAD_X_FP32 if dtype == torch.float32 else QLORA_GRAD_X
     return _by_tokens(table, m) | {"BLOCK_R": _rank_tile(r, LARGEST_RANK_TILE), "GROUP_M": GROUP_M}
+
+
+def few_tokens(m: int, blocks: int) -> Config | None:
+    """Configuration of the forward kernel for a few tokens, None if it is not for so many.
+
+    `blocks` of scales share a tile of 128 columns, and a token needs a column of x^T for each. Columns that are left
+    over let a warp take several tiles at once.
+    """
+    for most, config in FEW_TOKENS:
+        tiles = 8 * config["COLUMN_GROUPS"] // (blocks * (1 << (m - 1).bit_length()))
+        if 0 < m <= most and tiles:
+            return config | {"TILES": min(tiles, 4)}
+    return None
+
+
+def slab_size(length: int, dtype: torch.dtype) -> int:
+    """Rows or columns in a slab, if each has `length` elements."""
+    fitting = SLAB_BYTES // (max(length, 1) * dtype.itemsize)
+    return max(fitting // SLAB_MULTIPLE, 1) * SLAB_MULTIPLE
+
+
+def adapter(r: int, dtype: torch.dtype) -> Config:
+    """Configuration of the adapter's summand for many tokens."""
+    config = ADAPTER_FP32 if dtype == torch.float32 else ADAPTER
+    return config | {"BLOCK_R": _rank_tile(r, LARGEST_RANK_TILE)}
 
 
 def lora_project(r: int, dtype: torch.dtype) -> Config:

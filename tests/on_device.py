@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from qlora.kernels import double_quant, fused_linear, lora, nf4
+from qlora.kernels import double_quant, few_tokens, fused_linear, linear, lora, many_tokens, nf4
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -29,7 +29,7 @@ DEVICES = [
 ]
 """Values for a test's `device` parameter."""
 
-_LAUNCHERS = (nf4, double_quant, fused_linear, lora)
+_LAUNCHERS = (nf4, double_quant, linear, few_tokens, fused_linear, many_tokens, lora)
 
 
 class _GuardedTorch:

@@ -1,4 +1,4 @@
-"""The benchmarks: what is timed and what is refused, the statistics, the files, and every case at a tiny size."""
+"""The benchmarks: what is timed and what is refused, the statistics, the files, and the command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as program
-from benchmarks import kernel_cases, machine, plot, results, step_cases, suite
+from benchmarks import machine, results, suite
 from benchmarks.harness import Case, Contender, Measurement, Settings, Timing, measure, percentile
 
 CPU = torch.device("cpu")
@@ -53,18 +52,18 @@ def doubled(clock_or_none: FakeClock | None = None, name: str = "", factor: floa
 def doubling(*contenders: Contender, **settings: Any) -> Case:
     """The case that asks for twice the input."""
 
-    def check(x: Tensor, tensors: list[Tensor]) -> None:
-        if not torch.equal(tensors[0], 2 * x):
-            raise AssertionError("not twice the input\nand more")
-
     def inputs(seed: int) -> Tensor:
         return torch.randn(3, generator=torch.Generator().manual_seed(seed))
 
-    return Case("doubling", "3", {"n": 3}, inputs, check, contenders, **settings)
+    return Case("doubling", "3", {"n": 3, "dtype": "float32"}, inputs, contenders, **settings)
 
 
 def contender(name: str, prepare: Any, *requires: str) -> Contender:
-    return Contender(name, prepare, requires, tensors=lambda result: [result])
+    def check(x: Tensor, result: Tensor) -> None:
+        if not torch.equal(result, 2 * x):
+            raise AssertionError("not twice the input\nand more")
+
+    return Contender(name, prepare, check, requires)
 
 
 def scripted(
@@ -74,6 +73,10 @@ def scripted(
     clock = FakeClock({"ours": iter(ours), "peer": iter(peer)})
     pair = [contender(name, doubled(clock, name)) for name in NAMES]
     return measure(doubling(*pair, **case), settings, clock), clock
+
+
+def record(*measured: Measurement, **ceilings: Any) -> dict[str, Any]:
+    return results.record(measured, QUICKLY, CPU, ceilings)
 
 
 # --- What is refused --------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ def test_a_contender_that_raises_or_is_missing_is_listed() -> None:
 
 
 def test_a_yardstick_is_timed_unchecked() -> None:
-    less = Contender("less", doubled(factor=1.0), tensors=None)
+    less = Contender("less", doubled(factor=1.0), None)
     measured = measure(doubling(contender("ours", doubled()), less), QUICKLY, lambda call: 1.0)
     assert measured.timings[1].status == "timed"
     assert measured.timings[1].is_yardstick
@@ -116,7 +119,7 @@ def test_a_yardstick_is_timed_unchecked() -> None:
 def test_ours_wrong_is_a_failure_and_the_others_are_timed() -> None:
     case = doubling(contender("ours", doubled(factor=0.0)), contender("peer", doubled()))
     measured = measure(case, QUICKLY, lambda call: 1.0)
-    result = results.record([measured], QUICKLY, CPU)
+    result = record(measured)
     assert results.failures(result) == ["3: ours wrong: not twice the input"]
     assert [t["time_over_ours"] for t in result["cases"][0]["timings"]] == [None, None]
     assert "wrong (not twice the input)" in results.table(result)
@@ -164,15 +167,68 @@ def test_rounds_end_when_the_time_is_spent() -> None:
     assert scripted([0.0] * 51, [0.0] * 51, settings)[0].ours.rounds == 50
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(1.35, True), (1.0, False)])
-def test_limits(limit: float, kept: bool) -> None:
-    measured, _ = scripted([1.2] * 2, [1.0] * 2, QUICKLY, limits={"peer": limit})
-    assert measured.keeps_limit(measured.timings[1]) is kept
-    result = results.record([measured], QUICKLY, CPU)
-    assert results.failures(result) == (
-        [] if kept else ["3: ours takes 1.20 x peer, the limit is 1"]
+def test_a_slow_contender_sits_out() -> None:
+    """Who has used three times the seconds of the case has three samples or more; the others get their seven."""
+    settings = Settings(seconds=10.0, min_rounds=7, max_rounds=60)
+    for seconds, rounds in ((20.0, 3), (8.0, 4), (4.0, 7)):
+        measured, _ = scripted([1.0] * 10, [seconds] * 10, settings)
+        assert [timing.rounds for timing in measured.timings] == [7, rounds]
+
+
+# --- Targets ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("required", [False, True])
+@pytest.mark.parametrize(("target", "met"), [(0.8, True), (1.0, False)])
+def test_targets(target: float, met: bool, required: bool) -> None:
+    """A target that is missed is marked; it is a failure where it is required."""
+    case = {"targets": {"peer": target}, "required": required}
+    measured, _ = scripted([1.2] * 2, [1.0] * 2, QUICKLY, **case)
+    assert measured.meets_target(measured.timings[1]) is met
+    result = record(measured)
+    fails = required and not met
+    message = "3: peer takes 0.83 x our time, required is at least 1.00"
+    assert results.failures(result) == [message] * fails
+    verdict = "met" if met else "missed (0.83)"
+    assert f"{'required' if required else 'target'} {target:.2f}: {verdict}" in results.table(
+        result
     )
-    assert f"limit {limit:g}: {'kept' if kept else 'NOT KEPT'}" in results.table(result)
+
+
+def test_a_target_of_who_was_not_timed_is_open() -> None:
+    missing = contender("peer", doubled(), "a_package_that_is_not_there")
+    case = doubling(contender("ours", doubled()), missing, targets={"peer": 1.3}, required=True)
+    result = record(measure(case, QUICKLY, lambda call: 1.0))
+    timing = result["cases"][0]["timings"][1]
+    assert (timing["target"], timing["meets_target"]) == (1.3, None)
+    assert results.failures(result) == []
+
+
+def test_shares_of_the_ceilings() -> None:
+    """2 GB in a second beside a copy of 8 GB/s, and 1 TFLOP beside 4 TFLOP/s."""
+    case = {"bytes_moved": 2 * 10**9, "operations": 10**12}
+    measured, _ = scripted([1.0] * 2, [1.0] * 2, QUICKLY, **case)
+    ceilings = {"copy_gb_per_s": 8.0, "product_tflop_per_s": {"float32": 4.0}}
+    result = record(measured, **ceilings)
+    shares = results.shares(result["cases"][0], result["ceilings"])
+    assert shares == {"copy": pytest.approx(0.25), "product": pytest.approx(0.25)}
+    lines = results.table(result).splitlines()
+    assert lines[1] == "ceilings: copy 8 GB/s, product in float32 4 TFLOP/s"
+    assert lines[4].endswith("25% of copy, 25% of product")
+    assert "%" not in lines[5]
+    assert results.shares(result["cases"][0], {}) == {}
+
+
+def test_tokens_and_memory_are_in_the_table() -> None:
+    measured, _ = scripted([2.0] * 2, [4.0] * 2, QUICKLY, most_temporary_bytes=64 * 2**20)
+    result = record(measured)
+    (case,) = result["cases"]
+    case["parameters"]["tokens"] = 8192
+    for timing in case["timings"]:
+        timing["temporary_bytes"] = 65 * 2**20
+    ours, peer = results.table(result).splitlines()[4:6]
+    assert ours.endswith("4,096 tokens/s, 65.0 MiB temporary (at most 64: missed)")
+    assert peer.endswith("2,048 tokens/s, 65.0 MiB temporary")
 
 
 # --- Files ------------------------------------------------------------------------------------------
@@ -185,7 +241,8 @@ def result() -> dict[str, Any]:
     def timing(name: str, ratio: float | None, **more: Any) -> dict[str, Any]:
         p50 = None if ratio is None else 10 * ratio
         times = {"p20_ms": p50, "p50_ms": p50, "p80_ms": p50, "time_over_ours": ratio, "rounds": 9}
-        verdict = {"limit": None, "keeps_limit": None, "is_yardstick": False, "reason": ""}
+        verdict = {"target": None, "meets_target": None, "temporary_bytes": None}
+        times |= {"is_yardstick": False, "reason": ""}
         return {"contender": name, "status": "timed", **times, **verdict, **more}
 
     missing = {"status": "not installed", "reason": "peft"}
@@ -194,6 +251,11 @@ def result() -> dict[str, Any]:
         "name": "1536 x 576, float32",
         "parameters": {"n": 1536, "k": 576},
         "input_sets": 8,
+        "clock": "graph",
+        "bytes_moved": None,
+        "operations": None,
+        "required": False,
+        "most_temporary_bytes": None,
         "timings": [
             timing("qlora", 1.0),
             timing("bitsandbytes", 2.0),
@@ -205,23 +267,30 @@ def result() -> dict[str, Any]:
         "schema": results.SCHEMA,
         "commit": "0123456789ab",
         "device": {"type": "cpu", "name": "A CPU", "threads": 2},
+        "ceilings": {},
         "cases": [case],
     }
 
 
 def test_the_record_is_json_and_tells_no_machine_from_another() -> None:
-    measured, _ = scripted([1.0] * 2, [2.0] * 2, QUICKLY, limits={"peer": 1.0})
-    record = results.record([measured], QUICKLY, CPU)
-    text = json.dumps(record)
-    assert json.loads(text) == record
+    measured, _ = scripted([1.0] * 2, [2.0] * 2, QUICKLY, targets={"peer": 1.3})
+    result = record(measured, copy_gb_per_s=8.0)
+    text = json.dumps(result)
+    assert json.loads(text) == result
     assert platform.node() not in text
-    assert record.keys() == {
-        *("schema", "date", "commit", "device", "versions", "settings", "cases")
+    assert result.keys() == {
+        *("schema", "date", "commit", "device", "versions", "settings", "ceilings", "cases")
     }
-    assert record["versions"]["torch"] == torch.__version__
-    assert {"type", "name", "threads"} <= record["device"].keys()
-    (case,) = record["cases"]
-    assert case.keys() == {"group", "name", "parameters", "input_sets", "timings"}
+    assert result["schema"] == 2
+    assert result["ceilings"] == {"copy_gb_per_s": 8.0}
+    assert torch.__version__.startswith(result["versions"]["torch"])
+    assert {"type", "name", "threads"} <= result["device"].keys()
+    assert {"peft", "bitsandbytes", "torchao"} <= result["versions"].keys()
+    (case,) = result["cases"]
+    assert case.keys() == {
+        *("group", "name", "parameters", "input_sets", "clock", "bytes_moved", "operations"),
+        *("required", "most_temporary_bytes", "timings"),
+    }
     assert case["timings"][1] == {
         "contender": "peer",
         "status": "timed",
@@ -230,8 +299,9 @@ def test_the_record_is_json_and_tells_no_machine_from_another() -> None:
         "rounds": 1,
         **dict.fromkeys(("p20_ms", "p50_ms", "p80_ms"), 2000.0),
         "time_over_ours": 2.0,
-        "limit": 1.0,
-        "keeps_limit": True,
+        "temporary_bytes": None,
+        "target": 1.3,
+        "meets_target": True,
     }
 
 
@@ -243,39 +313,22 @@ def test_file_names() -> None:
 def test_a_file_of_another_layout_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_text('{"schema": 0}', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"old\.json: schema must be 1; got 0"):
+    with pytest.raises(ValueError, match=r"old\.json: schema must be 2; got 0"):
         results.read(path)
 
 
 def test_the_table_is_aligned(result: dict[str, Any]) -> None:
     lines = results.table(result).splitlines()
-    assert lines[2] == "dequantize: 1536 x 576, float32"
-    assert lines[4].split() == ["bitsandbytes", "20.00", "20.00", "20.00", "2.00"]
-    assert lines[5].endswith("0.50  yardstick")
-    assert lines[6].endswith("not installed (peft)")
+    assert lines[1] == "ceilings: not measured"
+    assert lines[3] == "dequantize: 1536 x 576, float32, CUDA graph"
+    assert lines[5].split() == ["bitsandbytes", "20.00", "20.00", "20.00", "2.00"]
+    assert lines[6].endswith("0.50  yardstick")
+    assert lines[7].endswith("not installed (peft)")
     assert len({line.index("20.00") for line in lines if "20.00" in line}) == 1
-    assert lines[4].index("2.00", 40) + 4 == lines[0].index("time / ours") + len("time / ours")
+    assert lines[5].index("2.00", 40) + 4 == lines[0].index("time / ours") + len("time / ours")
 
 
-def test_the_plot_needs_the_file_alone(result: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "some-cpu.json"
-    path.write_text(json.dumps(result), encoding="utf-8")
-    assert plot.bars(results.read(path)) == [
-        ("dequantize: 1536 x 576, float32", [("bitsandbytes", 2.0, False), ("copy", 0.5, True)])
-    ]
-    assert program.main(["plot", str(path), "--output", str(tmp_path / "plots")]) == 0
-    (png,) = (tmp_path / "plots").iterdir()
-    assert png.name == "some-cpu.png"
-    assert png.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_plot_of_nothing_is_an_error(result: dict[str, Any], tmp_path: Path) -> None:
-    result["cases"][0]["timings"][1:] = []
-    with pytest.raises(ValueError, match="nothing to draw"):
-        plot.draw(result, tmp_path / "plot.png")
-
-
-# --- The command line, and every case at a tiny size ------------------------------------------------
+# --- The command line -------------------------------------------------------------------------------
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,54 +354,13 @@ def test_static_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     assert program.main(["static", "--json"]) == ["--json"]
 
 
-def test_all_kernel_cases_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Ours and every peer that is installed: on the same bytes, all are right."""
-    monkeypatch.setattr(kernel_cases, "_SHAPES", {"cpu": [(64, 128)]})
-    monkeypatch.setattr(kernel_cases, "_TOKENS", {"cpu": (8,)})
-    monkeypatch.setattr(suite, "has_fast_bf16", lambda device: True)
-    path = tmp_path / "result.json"
-    groups = "quantize,dequantize,forward,layer"
-    arguments = ["--device", "cpu", "--quick", "--seconds", "0", "--only", groups]
-    assert program.main([*arguments, "--output", str(path)]) == 0
-    assert path.with_suffix(".png").is_file()
-    cases = results.read(path)["cases"]
-    assert {case["group"] for case in cases} == set(groups.split(","))
-    assert {case["parameters"]["dtype"] for case in cases} == {"float32", "bfloat16"}
-    for case in cases:
-        assert case["timings"][0]["status"] == "timed"
-        assert {timing["status"] for timing in case["timings"]} <= {"timed", "not installed"}
-    assert "quantize: 64 x 128, float32" in capsys.readouterr().out
+def test_readme_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import readme
+
+    monkeypatch.setattr(readme, "main", lambda argv: argv)
+    assert program.main(["readme", "--check"]) == ["--check"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_step_runs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """All contenders agree with the fp64 oracle on the gradients of a small Llama."""
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    monkeypatch.setattr(step_cases, "_SMOLLM2", step_cases._SMOLLM2 | sizes | heads)
-    monkeypatch.setattr(step_cases, "LENGTH", 16)
-    monkeypatch.setattr(step_cases, "cached_model", lambda: None)
-    case = step_cases.step_cases(CPU, [dtype], quick=False)[0]
-    assert case.parameters["weights"] == "random"
-    timings = measure(case, QUICKLY, lambda call: call() or 1.0).timings
-    assert timings[0].status == "timed", timings[0].reason
-    assert {timing.status for timing in timings} <= {"timed", "not installed"}, timings
-    assert set(case.limits) <= {timing.contender for timing in timings}
-
-
-def test_a_wrong_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check sees one wrong entry among all gradients."""
-    right = [torch.tensor(1.0), torch.randn(8, 4)]
-
-    inputs = SimpleNamespace(
-        dtype=torch.float32, plain=right, oracle=[tensor.double() for tensor in right]
-    )
-    step_cases._check(inputs, right)
-    wrong = right[1].clone()
-    wrong[3, 2] *= -1
-    with pytest.raises(AssertionError, match="error"):
-        step_cases._check(inputs, [right[0], wrong])
-    with pytest.raises(AssertionError, match="loss"):
-        step_cases._check(inputs, [right[0] * 1.01, right[1]])
+def test_a_group_without_cases_here_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--device", "cpu", "--quick", "--only", "launch"]) == 2
+    assert "no case of launch runs on cpu" in capsys.readouterr().err

@@ -82,6 +82,75 @@ def test_every_format_reaches_both_ends_and_zero(name: str) -> None:
     assert {-1.0, 0.0, 1.0} <= set(values)
 
 
+def _floats_around(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """Each fp32 value, and `steps` neighbouring floats on both sides of it."""
+    above, below = [x], [x]
+    for _ in range(steps):
+        above.append(above[-1].nextafter(torch.tensor(torch.inf)))
+        below.append(below[-1].nextafter(torch.tensor(-torch.inf)))
+    return torch.cat([*above, *below[1:]])
+
+
+CELL_EDGES = torch.tensor([(2 * i - 1) / (formats.CELLS - 1) - 1 for i in range(1, formats.CELLS)])
+
+
+def _rank_by_cells(name: str, x: torch.Tensor) -> torch.Tensor:
+    """The rank as the kernel finds it: a look-up and one comparison."""
+    thresholds = torch.cat([FORMATS[name].thresholds, torch.tensor([torch.inf])])
+    base = FORMATS[name].cell_ranks[formats.cell(x)].long()
+    return base + (x > thresholds[base])
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_cell_and_one_comparison_give_the_rank(name: str) -> None:
+    """Around each threshold, each cell edge, zero and the ends, and on a fine grid with random floats."""
+    thresholds = FORMATS[name].thresholds
+    special = torch.cat([thresholds[thresholds.isfinite()], CELL_EDGES, torch.tensor([-1.0, 0, 1])])
+    grid = torch.linspace(-1, 1, 2**20 + 1)
+    random = torch.rand(2**20, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = torch.cat([_floats_around(special, 300), grid, random, random**9])
+    assert torch.equal(_rank_by_cells(name, x), torch.bucketize(x, thresholds))
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_no_cell_holds_two_thresholds(name: str) -> None:
+    fmt = FORMATS[name]
+    finite = fmt.thresholds[fmt.thresholds.isfinite()]
+    assert len(set(formats.cell(finite).tolist())) == len(finite)
+    assert fmt.cell_ranks.dtype == torch.uint8
+    assert fmt.cell_ranks.shape == (formats.CELLS,)
+    assert fmt.cell_ranks.tolist() == sorted(fmt.cell_ranks.tolist())
+
+
+def test_cells_never_decrease_and_fill_their_range() -> None:
+    """All of [-1, 1], what is a little beyond it, and every float next to an edge."""
+    x = torch.cat([_floats_around(CELL_EDGES, 300), torch.linspace(-1.01, 1.01, 2**20)]).sort()[0]
+    cells = formats.cell(x)
+    assert (cells.diff() >= 0).all()
+    assert cells.unique().tolist() == list(range(formats.CELLS))
+    # Zero is a border: what is above it, and above the rounding of the sum, is in another cell.
+    assert formats.cell(torch.tensor([-1e-6, 0.0, 1e-6])).tolist() == [63, 64, 64]
+
+
+def test_a_format_with_two_thresholds_in_a_cell_is_refused() -> None:
+    crowded = formats.Format(
+        "crowded", tuple([-1.0, 0.0, 0.001, 0.002] + [i / 12 for i in range(1, 13)])
+    )
+    with pytest.raises(ValueError, match="'crowded' must lie in 15 different cells of 128"):
+        crowded.cell_ranks  # noqa: B018
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_code_bytes_translate_both_nibbles(name: str) -> None:
+    codes = FORMATS[name].rank_to_code
+    table = formats.code_bytes(name, torch.device("cpu"))
+    if table is None:
+        assert name == "nf4"
+        assert codes == tuple(range(16))
+    else:
+        assert table.tolist() == [codes[i // 16] * 16 + codes[i % 16] for i in range(256)]
+
+
 def test_dynamic_map_follows_its_definition() -> None:
     values = SCALE_FORMATS["dynamic8"].values
     assert len(values) == len(set(values)) == 256

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora.kernels import double_quant, fused_linear, lora, nf4, reference
+from qlora.kernels import double_quant, linear, lora, nf4, reference
 from tests.on_device import assert_identical, compiled_only
 
 pytestmark = [pytest.mark.gpu, compiled_only]
@@ -34,8 +34,8 @@ def test_activations_beyond_2_to_the_31_elements() -> None:
     weight, lora_a, lora_b = _layer(n, k)
     x = torch.empty(m, k, dtype=torch.bfloat16, device="cuda").normal_()
     rest = (None, lora_a, lora_b, None, 0.5, 0.0, *FORMAT)
-    y, _ = fused_linear.qlora_forward(x, *weight, *rest)
-    expected, _ = fused_linear.qlora_forward(x[-128:], *weight, *rest)
+    y, _ = linear.qlora_forward(x, *weight, *rest)
+    expected, _ = linear.qlora_forward(x[-128:], *weight, *rest)
     torch.testing.assert_close(y[-128:], expected)
 
 
@@ -50,9 +50,9 @@ def _layer(n: int, k: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
 def _step(x: Tensor, grad_y: Tensor, rng: Tensor, layer: tuple) -> tuple[Tensor, ...]:
     """Everything a training step launches."""
     weight, lora_a, lora_b = layer
-    y, h = fused_linear.qlora_forward(x, *weight, None, lora_a, lora_b, rng, 0.5, 0.1, *FORMAT)
+    y, h = linear.qlora_forward(x, *weight, None, lora_a, lora_b, rng, 0.5, 0.1, *FORMAT)
     g = lora.lora_project(grad_y, lora_b.mT, None, 0.0)
-    grad_x = fused_linear.qlora_grad_x(grad_y, g, *weight, lora_a, rng, 0.5, 0.1, *FORMAT)
+    grad_x = linear.qlora_grad_x(grad_y, g, *weight, lora_a, rng, 0.5, 0.1, *FORMAT)
     grad_a = lora.lora_grad(g, x, rng, 0.5, 0.1)
     return y, grad_x, grad_a, lora.lora_grad(grad_y, h, None, 0.5, 0.0)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qlora.kernels import nf4, reference
-from qlora.kernels.formats import BLOCKSIZES, FORMATS
+from qlora.kernels.formats import BLOCKSIZES, CELLS, FORMATS
 from tests import strategies as qst
 from tests.on_device import DEVICES, assert_identical, launch
 
@@ -100,11 +100,37 @@ def test_ties_take_the_lower_value(device: str, format: str) -> None:
 
 
 @pytest.mark.parametrize("format", sorted(FORMATS))
+def test_ranks_around_every_threshold_and_cell(device: str, format: str) -> None:
+    """The 100 nearest floats on both sides of each: the kernel's look-up must send none to a neighbour."""
+    thresholds = FORMATS[format].thresholds
+    edges = torch.tensor([(2 * i - 1) / (CELLS - 1) - 1 for i in range(1, CELLS)])
+    centres = torch.cat([thresholds[thresholds.abs() < 1], edges, torch.tensor([0.0, 1.0, -1.0])])
+    near = (centres.view(torch.int32)[:, None] + torch.arange(-100, 101, dtype=torch.int32)).view(
+        -1
+    )
+    x = near.view(torch.float32)
+    x = x[x.abs() <= 1]  # around zero and one, half of the bit patterns are no neighbours
+    for shape in (32, 4096):  # a one in each block: what is stored is what is compared
+        rows = torch.cat([x, x.new_zeros(-len(x) % (shape - 1))]).view(-1, shape - 1)
+        _check_quantize(device, torch.cat([rows, torch.ones(len(rows), 1)], 1), format, shape)
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
 def test_every_byte(device: str, format: str) -> None:
     packed = torch.arange(256, dtype=torch.uint8)
     arguments = (packed, torch.rand(16), None, None, format, 32, "", [512], torch.float32)
     actual = launch(device, nf4.dequantize_4bit, *arguments)
     assert_identical(actual, reference.dequantize_4bit(*arguments))
+
+
+def test_words_and_what_is_left_of_them(device: str) -> None:
+    """The kernel writes words of eight codes: no byte more than the codes take comes back."""
+    x = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    for numel in range(1, 20):
+        packed, _ = launch(device, nf4.quantize_4bit, x[:numel], "fp4", 32)
+        assert packed.shape == ((numel + 1) // 2,)
+        assert packed.is_contiguous()
+        assert_identical(packed, reference.quantize_4bit(x[:numel], "fp4", 32)[0])
 
 
 def test_nibbles_and_leftover(device: str) -> None:

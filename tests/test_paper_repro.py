@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 
@@ -224,6 +223,8 @@ def test_without_wordnet_it_goes_on_with_wikipedia(
 
 def _write_gguf(path: Path, network: Any) -> None:
     """A Llama in fp32 with the byte tokenizer and two merges, as llama.cpp would write it."""
+    import gguf  # where it is used: `make gpu` collects these tests on machines that lack it
+
     config, names = network.config, list(tiny.tokenizer().get_vocab().items())
     tokens = [name for name, _ in sorted(names, key=lambda item: item[1])] + ["he", "ll"]
     writer = gguf.GGUFWriter(path, "llama")

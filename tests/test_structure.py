@@ -36,6 +36,8 @@ WITHOUT_TRITON = ("formats", "checks", "reference", "cpu", "ops")
 TESTED_BY = {
     "kernels/checks.py": "test_ops.py",
     "kernels/decode.py": "test_nf4.py",
+    "kernels/fused_linear.py": "test_linear.py",
+    "kernels/many_tokens.py": "test_linear.py",
     "qlora/__init__.py": "test_structure.py",
     "qlora/__main__.py": "test_cli.py",
     "qlora/batching.py": "test_data.py",

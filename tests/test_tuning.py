@@ -51,6 +51,7 @@ def test_tiles_are_powers_of_two(m: int, r: int, dtype: torch.dtype) -> None:
 def test_a_tile_holds_whole_blocks(blocksize: int) -> None:
     for config in (tuning.QUANTIZE_4BIT, tuning.DEQUANTIZE_4BIT):
         assert tuning.blockwise(config, blocksize)["TILE"] % blocksize == 0
+    assert blocksize // tuning.quantize_4bit(blocksize)["PARTS"] >= 16
 
 
 def test_what_has_a_fused_path() -> None:

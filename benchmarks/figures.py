@@ -1,0 +1,128 @@
+"""What the plots have in common: a figure that becomes a file, colors, a legend, panels of bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from qlora import files
+
+BAR_INCHES = 0.125
+"""Height of a row."""
+
+_STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+_OURS = "#17365d"
+_PEERS = ("#e08214", "#4d9a4d", "#b2457f", "#2a9d9d", "#8c6bb1", "#a6761d", "#f4a6a0", "#6baed6")
+_YARDSTICKS = ("#b0b0b0", "#d3d3d3")
+_MISSED = "#b2182b"
+_FINE_TICKS = (1, 1.25, 1.5, 2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar, the text at its right and, where something is aimed at, a tick."""
+
+    contender: str
+    value: float
+    text: str
+    aim: float | None = None
+    missed: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case and its bars."""
+
+    case: str
+    bars: Sequence[Bar]
+
+
+def height(rows: Sequence[Row]) -> int:
+    """Of a panel, in bars: there is a gap after each case."""
+    return sum(len(row.bars) + 1 for row in rows)
+
+
+def colors(result: Mapping[str, Any]) -> dict[str, str]:
+    """One color for a contender throughout: ours dark, yardsticks grey."""
+    chosen: dict[str, str] = {}
+    peers, yardsticks = cycle(_PEERS), cycle(_YARDSTICKS)
+    for case in result["cases"]:
+        for place, timing in enumerate(case["timings"]):
+            if timing["contender"] not in chosen:
+                others = yardsticks if timing["is_yardstick"] else peers
+                chosen[timing["contender"]] = next(others) if place else _OURS
+    return chosen
+
+
+@contextmanager
+def figure(
+    result: Mapping[str, Any], subtitle: str, path: Path, width: float, height: float
+) -> Iterator[Any]:
+    """An empty figure, its size in inches, titled with the device; it becomes the PNG `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(_STYLE):
+        drawn = pyplot.figure(figsize=(width, height), layout="constrained")
+        drawn.suptitle(f"{_title(result)}\n{subtitle}", x=0.01, ha="left", fontsize=9)
+        try:
+            yield drawn
+            with files.new_file(path) as temporary:
+                drawn.savefig(temporary, dpi=120, format="png")
+        finally:
+            pyplot.close(drawn)
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    device = result["device"]
+    threads = f", {device['threads']} threads" if "threads" in device else ""
+    made = f"{result['date']}, commit {result['commit']}, torch {result['versions']['torch']}"
+    return f"{device['name']}{threads} ({made})"
+
+
+def legend(figure: Any, palette: Mapping[str, str], markers: Mapping[str, str]) -> None:
+    """Below everything: colors by contender, and markers by what they stand for."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [Patch(color=color, label=name) for name, color in palette.items()]
+    for name, marker in markers.items():
+        handles.append(Line2D([], [], color="black", marker=marker, linestyle="", label=name))
+    columns = max(2, int(figure.get_figwidth() / 2.3))
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False)
+
+
+def draw_bars(axes: Any, rows: Sequence[Row], palette: Mapping[str, str], origin: float) -> None:
+    """Horizontal bars from `origin` on, a block for each case, the first at the top."""
+    y, ticks = 0.0, []
+    for row in rows:
+        ticks.append(y + (len(row.bars) - 1) / 2)
+        for bar in row.bars:
+            color = palette[bar.contender]
+            axes.barh(y, bar.value - origin, left=origin, color=color, height=0.9)
+            color = _MISSED if bar.missed else "black"
+            where = {"transform": axes.get_yaxis_transform(), "va": "center"}
+            axes.text(1.01, y, bar.text, color=color, fontsize=6.5, **where)
+            if bar.aim is not None:
+                axes.plot([bar.aim] * 2, [y - 0.5, y + 0.5], color="black", linewidth=1.8)
+            y += 1
+        y += 1
+    axes.set_yticks(ticks, [row.case for row in rows], fontsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(y - 1.3, -0.7)
+
+
+def log_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, 20, ... written out; more between them if the axis is short."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 12 else _FINE_TICKS))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())

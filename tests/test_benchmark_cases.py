@@ -1,0 +1,275 @@
+"""Every case of the benchmarks at a tiny size: ours and each peer that is installed are right, on the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as program
+from benchmarks import (
+    ceilings,
+    decoder_cases,
+    kernel_cases,
+    layer_cases,
+    peers,
+    results,
+    step_cases,
+    suite,
+)
+from benchmarks.harness import Case, Settings, Timing, measure
+from benchmarks.inputs import Inputs, Variant
+from qlora.kernels import formats
+
+CPU = torch.device("cpu")
+QUICKLY = Settings(seconds=0.0, min_rounds=1, max_rounds=1)
+DTYPES = [torch.float32, torch.bfloat16]
+TINY = (256, 128)
+"""The smallest that torchao takes: 256 blocks, which its scales of scales need, and twice as many."""
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cases, "CONVERTED", {"cpu": [TINY]})
+    monkeypatch.setattr(kernel_cases, "FORWARD", {"cpu": {m: [TINY] for m in (1, 8)}})
+    monkeypatch.setattr(layer_cases, "LAYER", {"cpu": {8: [TINY]}})
+
+
+def timings_of(case: Case) -> tuple[Timing, ...]:
+    """Those of a case that is run once, all of whose contenders must be right."""
+    timings = measure(case, QUICKLY, lambda call: call() and 1.0).timings
+    assert timings[0].status == "timed", timings[0].reason
+    assert {timing.status for timing in timings} <= {"timed", "not installed"}, timings
+    assert set(case.targets) <= {timing.contender for timing in timings}
+    return timings
+
+
+@pytest.mark.usefixtures("tiny")
+def test_all_kernel_cases_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program, "useful_dtypes", lambda device: DTYPES)
+    path = tmp_path / "result.json"
+    groups = "quantize,dequantize,forward,layer"
+    arguments = ["--device", "cpu", "--quick", "--seconds", "0", "--only", groups]
+    assert program.main([*arguments, "--output", str(path)]) == 0
+    result = results.read(path)
+    assert result["ceilings"].keys() == {"copy_gb_per_s", "product_tflop_per_s"}
+    assert result["ceilings"]["product_tflop_per_s"].keys() == {"float32", "bfloat16"}
+    cases = result["cases"]
+    assert {case["group"] for case in cases} == set(groups.split(","))
+    assert {case["parameters"]["dtype"] for case in cases} == {"float32", "bfloat16"}
+    for case in cases:
+        assert case["timings"][0]["status"] == "timed"
+        assert {t["status"] for t in case["timings"]} <= {"timed", "not installed"}, case
+    assert "quantize: 256 x 128, float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_dropout_is_drawn_again(dtype: torch.dtype) -> None:
+    """The mask of every contender is known to its check, and the result of another mask is refused."""
+    case = layer_cases.layer_case(Variant(CPU, dtype, *TINY, quick=True), 16, 0.25)
+    assert case.name.endswith("16 tokens, rank 64, dropout 0.25")
+    timings_of(case)
+    one = case.inputs(0)
+    for contender in case.contenders:
+        if contender.check is not None and not contender.requires:
+            result = contender.prepare(one)()  # not seeded
+            with pytest.raises(AssertionError, match="error"):
+                contender.check(one, result)
+
+
+def test_a_wrong_gradient_is_refused() -> None:
+    case = layer_cases.layer_case(Variant(CPU, torch.float32, *TINY, quick=True), 16, 0.0)
+    one, ours = case.inputs(0), case.contenders[0]
+    for index in range(4):
+        result = ours.prepare(one)()
+        result[index][0, 3] += 1.0
+        with pytest.raises(AssertionError, match="error"):
+            ours.check(one, result)
+
+
+def test_torchao_is_held_to_its_own_bytes() -> None:
+    pytest.importorskip("torchao")
+    one = Inputs(CPU, torch.float32, *TINY, m=4, seed=0)
+    oracle = peers.torchao_oracle(one.torchao)
+    torch.testing.assert_close(one.torchao.get_original_weight(), oracle.float())
+    assert (oracle - one.dense).abs().max() > 1e-3  # another tensor than ours
+    with pytest.raises(AssertionError, match="its bytes"):
+        kernel_cases._check_torchao_decoded(one, one.dense)
+    with pytest.raises(AssertionError, match="error"):
+        kernel_cases._check_torchao(one, one.x @ one.dense.mT)
+
+
+# --- What a case says of itself ---------------------------------------------------------------------
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    variant = Variant(CPU, torch.bfloat16, 320, 192, quick=False)
+    one = Inputs(CPU, torch.bfloat16, 320, 192, m=8, seed=0)
+    assert variant.nf4_bytes == one.quantized.nbytes
+    assert variant.dense_bytes == one.dense.nbytes
+    assert variant.nf4_bytes > formats.packed_bytes(320 * 192)
+    layer = layer_cases.layer_case(variant, 8, 0.0)
+    adapter = one.lora_a.nbytes + one.lora_b.nbytes
+    activations = one.x.nbytes + one.grad_y.nbytes
+    assert layer.bytes_moved == one.quantized.nbytes + 2 * (activations + adapter)
+    forward = kernel_cases._forward_case(variant, 8)
+    assert forward.bytes_moved == one.quantized.nbytes + activations
+    assert forward.operations == 2 * 8 * 320 * 192
+
+
+def test_operations_of_a_decoder_layer() -> None:
+    """As counted by torch over the dense layer, whose adapters and attention it sees as well."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape, (sequences, length) = decoder_cases._TINY, decoder_cases._TINY_BATCH
+    one = decoder_cases.DecoderInputs(CPU, torch.float32, shape, (sequences, length), 0)
+    model, x = one.dense(), one.x.clone().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=x, use_cache=False).last_hidden_state.backward(one.grad_y)
+    ours = decoder_cases.operations(shape, sequences, length)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_input_sets_are_larger_than_a_cache(kind: str) -> None:
+    """On a GPU: as many as move 256 MB together, at 4096 x 4096 and one token thirty."""
+    variant = Variant(torch.device(kind), torch.bfloat16, 4096, 4096, quick=False)
+    sets = kernel_cases._forward_case(variant, 1).input_sets
+    assert sets == {"cpu": 2, "cuda": 31}[kind]
+    large = Variant(torch.device(kind), torch.bfloat16, 28672, 8192, quick=False)
+    assert kernel_cases._forward_case(large, 512).input_sets == 2
+
+
+def test_the_gpu_has_the_cases_that_are_aimed_at() -> None:
+    """Listed without a GPU: each target is one of a contender of its case, and decoding is replayed."""
+    device = torch.device("cuda")
+    cases = [*kernel_cases.kernel_cases(device, [torch.bfloat16], False)]
+    cases += layer_cases.layer_cases(device, [torch.bfloat16], False)
+    cases += decoder_cases.decoder_cases(device, [torch.bfloat16], False)
+    assert {case.group for case in cases} == set(suite.GROUPS) - {"step"}
+    for case in cases:
+        assert set(case.targets) <= {contender.name for contender in case.contenders}
+        assert case.targets or case.group == "launch"
+        clock = {"forward": "graph", "launch": "host"}.get(case.group, "eager")
+        assert case.clock == clock, case.name
+        assert not case.required
+    decoded = [c for c in cases if c.group == "forward" and c.parameters["m"] == 1]
+    assert {(c.parameters["n"], c.parameters["k"]) for c in decoded} == {
+        *((4096, 4096), (11008, 4096), (8192, 8192), (28672, 8192))
+    }
+    assert all(case.targets["dense"] == 3.2 for case in decoded)
+    assert len(cases) <= 36  # the time of a whole run
+
+
+def test_quick_cases_have_no_targets() -> None:
+    assert not Variant(CPU, torch.float32, *TINY, quick=True).case("a", (), {"b": 1}, 9).targets
+
+
+def test_useful_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 is left out where it is slower."""
+    for bf16, expected in ((2.0, DTYPES), (0.5, DTYPES[:1])):
+        speed = {torch.float32: 1.0, torch.bfloat16: bf16}
+        monkeypatch.setattr(suite, "product_tflop_per_s", lambda d, t, side, s=speed: s[t])
+        assert suite.useful_dtypes(CPU) == expected
+    assert suite.useful_dtypes(torch.device("cuda")) == [torch.bfloat16]
+
+
+def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy counts both directions, a product two operations for a multiplication and an addition."""
+
+    def clock(call: Any) -> float:
+        call()
+        return 0.5
+
+    monkeypatch.setattr(ceilings, "clock_for", lambda device: clock)
+    measured = ceilings.measure(CPU, [torch.float32], quick=True)
+    assert measured["copy_gb_per_s"] == pytest.approx(2 * 32 * 2**20 / 0.5 / 1e9)
+    assert measured["product_tflop_per_s"] == {"float32": pytest.approx(2 * 512**3 / 0.5 / 1e12)}
+
+
+# --- Models -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_decoder_layer_runs(dtype: torch.dtype) -> None:
+    (case,) = decoder_cases.decoder_cases(CPU, [dtype], quick=True)
+    assert case.parameters["tokens"] == 64
+    timings_of(case)
+    assert decoder_cases.decoder_cases(CPU, [dtype], quick=False) == []
+
+
+def test_a_wrong_decoder_layer_is_refused() -> None:
+    (case,) = decoder_cases.decoder_cases(CPU, [torch.float32], quick=True)
+    one, ours = case.inputs(0), case.contenders[0]
+    result = ours.prepare(one)()
+    ours.check(one, result)
+    for wrong in ([*result[:-1], -result[-1]], [result[0] * 1.01, *result[1:]]):
+        with pytest.raises(AssertionError, match="error"):
+            ours.check(one, wrong)
+    with pytest.raises(AssertionError, match="all gradients"):
+        ours.check(one, result[:-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_step_runs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """All contenders agree with the fp64 oracle on the gradients of a small Llama."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    monkeypatch.setattr(step_cases, "_SMOLLM2", step_cases._SMOLLM2 | sizes | heads)
+    monkeypatch.setattr(step_cases, "LENGTH", 16)
+    monkeypatch.setattr(step_cases, "cached_model", lambda: None)
+    case = step_cases.step_cases(CPU, [dtype], quick=False)[0]
+    assert case.parameters["weights"] == "random"
+    assert case.required
+    assert case.targets == {
+        "LoRA over dense": pytest.approx(1 / 1.35),
+        "PEFT over bitsandbytes NF4+DQ": 1.0,
+    }
+    timings_of(case)
+
+
+def test_a_wrong_step_is_found() -> None:
+    """The check sees one wrong entry among all gradients."""
+    right = [torch.tensor(1.0), torch.randn(8, 4)]
+    one = SimpleNamespace(
+        dtype=torch.float32, plain=right, oracle=[tensor.double() for tensor in right]
+    )
+    step_cases._check(one, right)
+    wrong = right[1].clone()
+    wrong[3, 2] *= -1
+    with pytest.raises(AssertionError, match="error"):
+        step_cases._check(one, [right[0], wrong])
+    with pytest.raises(AssertionError, match="loss"):
+        step_cases._check(one, [right[0] * 1.01, right[1]])
+
+
+def test_peft_is_trained_under_autocast_in_bf16_alone() -> None:
+    for dtype, enabled in ((torch.bfloat16, True), (torch.float32, False)):
+        with peers.autocast(CPU, dtype):
+            assert torch.is_autocast_enabled("cpu") is enabled
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_a_layer_on_the_gpu(dropout: float) -> None:
+    """Every contender is right there, with its own dropout, and what ours holds is known."""
+    device = torch.device("cuda")
+    variant = Variant(device, torch.bfloat16, 512, 256, quick=True)
+    timings = timings_of(layer_cases.layer_case(variant, 128, dropout))
+    assert 0 <= timings[0].temporary_bytes <= kernel_cases.MOST_TEMPORARY_BYTES
+
+
+@pytest.mark.gpu
+def test_decoding_on_the_gpu_is_replayed() -> None:
+    """Captured, replayed onto spoilt results, and right for every input set."""
+    variant = Variant(torch.device("cuda"), torch.bfloat16, 512, 256, quick=True)
+    case = kernel_cases._forward_case(variant, 1)
+    assert case.clock == "graph"
+    measured = measure(case, QUICKLY)
+    assert measured.ours.status == "timed", measured.ours.reason
+    assert measured.ours.p50_ms > 0
