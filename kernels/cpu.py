@@ -7,6 +7,7 @@ fp32 values of a 16-bit result) small.
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 
 import torch
@@ -66,10 +67,23 @@ def _pairs(format: str) -> Tensor:
     return values[torch.stack([code >> 4, code & 15], dim=1)].view(torch.complex64).view(-1)
 
 
+class _Scratch(threading.local):
+    """What lies between, once for each thread: fresh memory costs more than the look-ups, a page fault for each 4 KB."""
+
+    def __init__(self) -> None:
+        # What is made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.index = torch.empty(_SLAB // 2, dtype=torch.int64, device="cpu")
+            self.values = torch.empty(_SLAB, dtype=torch.float32, device="cpu")
+
+
+_scratch = _Scratch()
+
+
 def _decode(packed: Tensor, format: str, out: Tensor) -> None:
     """Write the codebook values of all codes in `packed` to `out`, fp32 [2 * bytes]."""
     rows = _ROWS if packed.numel() % _ROWS == 0 else 1
-    index = packed.long().view(rows, -1)
+    index = _scratch.index[: packed.numel()].copy_(packed).view(rows, -1)
     table = _pairs(format).expand(rows, -1)
     torch.gather(table, 1, index, out=out.view(torch.complex64).view(rows, -1))
 
@@ -94,11 +108,7 @@ def dequantize_4bit(
     for start in range(0, flat.numel(), _SLAB):
         slab = flat[start : start + _SLAB]
         codes = packed[start // 2 : (start + _SLAB) // 2]
-        values = (
-            slab
-            if in_place
-            else torch.empty(2 * codes.numel(), dtype=torch.float32, device=packed.device)
-        )
+        values = slab if in_place else _scratch.values[: 2 * codes.numel()]
         _decode(codes, format, values)
         _scale_blocks_(values[: slab.numel()], absmax[start // blocksize :], blocksize)
         if not in_place:

@@ -250,7 +250,7 @@ def _product(
     first_column: int,
 ) -> None:
     """out = left right + scaling * dropout'(low_rank_left low_rank_right) + bias, in two launches."""
-    torch.mm(left, right, out=out)
+    torch.mm(left.detach(), right.detach(), out=out)  # `out` refuses what requires a gradient
     (m, width), r = out.shape, low_rank_left.shape[1]
     if not r and bias is None:
         return

@@ -62,7 +62,6 @@ LORA_GRAD: Config = {"BLOCK_WIDE": 64, "BLOCK_M": 64, "num_warps": 8, "num_stage
 LORA_GRAD_FP32: Config = {"BLOCK_WIDE": 32, "BLOCK_M": 32, "num_warps": 8, "num_stages": 2}
 
 FEW_TOKENS: _TILED_BY_M = (
-    (1, {"ROW_GROUPS": 2, "COLUMN_GROUPS": 1, "num_warps": 8, "num_stages": 1}),
     (4, {"ROW_GROUPS": 2, "COLUMN_GROUPS": 1, "num_warps": 8, "num_stages": 1}),
     (8, {"ROW_GROUPS": 2, "COLUMN_GROUPS": 2, "num_warps": 8, "num_stages": 1}),
     (16, {"ROW_GROUPS": 2, "COLUMN_GROUPS": 4, "num_warps": 8, "num_stages": 1}),

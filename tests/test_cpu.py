@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -183,3 +185,37 @@ class _Rounded:
                 reference.dequantize_4bit = dequantize
 
         return call
+
+
+# --- What lies between is kept ----------------------------------------------------------------------
+
+
+def _weight(seed: int) -> tuple[tuple, Tensor]:
+    """Arguments of dequantize_4bit for a weight of more than one slab, and the result."""
+    x = torch.randn(2**20 + 96, generator=torch.Generator().manual_seed(seed))
+    packed, absmax = reference.quantize_4bit(x, "nf4", 64)
+    arguments = (packed, absmax, None, None, "nf4", 64, "", [x.numel()], torch.bfloat16)
+    return arguments, reference.dequantize_4bit(*arguments)
+
+
+def test_threads_do_not_share_scratch() -> None:
+    weights = [_weight(seed) for seed in range(4)]
+
+    def decode(weight: tuple[tuple, Tensor]) -> bool:
+        arguments, expected = weight
+        return all(torch.equal(cpu.dequantize_4bit(*arguments), expected) for _ in range(8))
+
+    with ThreadPoolExecutor(len(weights)) as pool:
+        assert all(pool.map(decode, weights))
+
+
+def test_scratch_made_in_inference_mode_serves_outside_of_it() -> None:
+    arguments, expected = _weight(0)
+
+    def decode_within_and_without() -> Tensor:
+        with torch.inference_mode():
+            cpu.dequantize_4bit(*arguments)
+        return cpu.dequantize_4bit(*arguments)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(decode_within_and_without).result(), expected)
