@@ -46,6 +46,8 @@ class Report:
     shared_bytes: int
     load_bits: int
     """Width of the widest load from global memory."""
+    narrow_loads: int
+    """Loads of one or two bytes a thread in the main loop: codes of scales, and nothing else."""
     store_bits: int
     """Width of the widest store to global memory."""
     sass_per_weight: float | None
@@ -240,6 +242,9 @@ def _inspect(launch: Launch, arch: int, case: str) -> Report:
         spill_bytes=sass.stack_bytes,
         shared_bytes=compiled.metadata.shared,
         load_bits=sass.bits("LDG"),
+        narrow_loads=sum(
+            opcode.startswith("LDG") and _width(opcode) < 32 for opcode, _ in sass.main_loop()
+        ),
         store_bits=sass.bits("STG"),
         sass_per_weight=round(len(sass.main_loop()) * threads / weights, 2) if weights else None,
         fused_multiply_adds=sum(opcode.startswith("FFMA") for opcode, _ in sass.instructions),

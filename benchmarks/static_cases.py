@@ -35,6 +35,7 @@ def cases(every: bool = False) -> list[Case]:
         return [
             *_blockwise(torch.bfloat16, 64),
             *(_forward(torch.bfloat16, m) for m in TOKENS),
+            _forward(torch.bfloat16, 4096, n=32001),  # a width of no power of two spilled once
             *(_grad_x(torch.bfloat16, m, 0.05) for m in TOKENS),
             _adapter(torch.bfloat16, 0.05),
             _forward(torch.float16, 512, nested=False),

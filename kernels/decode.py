@@ -135,7 +135,7 @@ def scale_arguments(
     nested_offset: Tensor | None,
     scale_format: str,
 ) -> dict[str, Tensor | None]:
-    """Those of them that scales are decoded from."""
+    """The pointers that scales are decoded from, by parameter name; None where not double-quantized."""
     scale_codebook = None
     if nested_absmax is not None:
         nested_absmax = nested_absmax.contiguous()

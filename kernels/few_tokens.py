@@ -10,8 +10,8 @@ the packed weight, and what stands in the way are the instructions that decode i
 - A thread's 16 bytes of W are, as they come from memory, its operand of the tensor cores: the order of the
   columns within a tile is chosen so, and x is read in the same order. Threads exchange nothing but sums.
 
-The codebook is rounded where the other kernels round the scaled weight, so results agree with theirs to the
-tolerance rule, not to the bit.
+The codebook is rounded where the other kernels round the scaled weight: results are as near to the exact product
+as theirs, and not the same.
 
 A warp takes tiles of 128 columns in four *runs* of 32. Its lane 4 i + t holds the t-th run (four words, 16 bytes)
 of row i of W, of row i + 8, ..., and the t-th run of column i of x^T. Within a tile the columns are multiplied
@@ -318,13 +318,19 @@ def _width(k: int, blocksize: int) -> int:
 
 
 def fits(x: Tensor, packed: Tensor, blocksize: int) -> bool:
-    """Whether the kernel serves these tokens and this weight: 16 bits, rows of whole runs, few columns."""
+    """Whether the kernel serves these tokens and this weight.
+
+    It computes in 16 bits, takes rows of whole runs, aligned to the 16 bytes of a load, and so many tokens as
+    `tuning.few_tokens` has columns for: 16, or 8 in blocks of 32. Its offsets have 32 bits.
+    """
     m, k = x.shape
+    n = 2 * packed.numel() // k if k else 0
     return (
         x.dtype in (torch.float16, torch.bfloat16)
         and k > 0
         and k % 32 == 0
         and packed.storage_offset() % 16 == 0
-        and packed.numel() < 2**33  # offsets in words have 32 bits
+        and packed.numel() < 2**33  # in words
+        and m * max(n, k) < 2**31
         and tuning.few_tokens(m, TILE_K // _width(k, blocksize)) is not None
     )

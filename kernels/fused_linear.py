@@ -20,7 +20,7 @@ from torch import Tensor
 from qlora.kernels import tuning
 from qlora.kernels.decode import load_weight_tile, scale_width, weight_arguments
 from qlora.kernels.dropout import dropout_arguments, dropout_key, keep_mask
-from qlora.kernels.primitives import dot, round_to
+from qlora.kernels.primitives import dot, round_to, to_float32
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def _qlora_forward_kernel(
         acc = dot(weight, x, acc)
 
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        acc += to_float32(tl.load(bias_ptr + row, mask=row_mask, other=0.0))[:, None]
     tl.store(
         y_ptr + token[None, :] * n + row[:, None],
         round_to(acc, y_ptr.dtype.element_ty),

@@ -1,6 +1,6 @@
-"""The QLoRA linear layer on the device: which kernel serves it, by the number of tokens.
+"""The QLoRA linear layer on the device: which kernel serves it, first of all by the number of tokens.
 
-    few_tokens      generating text: bound by reading the packed weight
+    few_tokens      generating text: bound by reading the packed weight (see `few_tokens.fits` for what else it asks)
     fused_linear    in between: the weight is decoded, multiplied and the adapter added in one pass
     many_tokens     training: bound by the products, which are left to cuBLAS a slab of the weight at a time
 

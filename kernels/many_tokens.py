@@ -2,7 +2,7 @@
 
 With thousands of tokens the products are all that counts, and decoding is a few per cent of them however it is done;
 what must not be is a buffer as large as the weight. A slab is a run of whole rows of W in the forward, and of whole
-columns in the input gradient, so that each element of the result comes from one product, summed in fp32:
+columns in the input gradient, so that each element of the result comes from one product of cuBLAS:
 
     forward      y[:, slab]      = x W[slab]^T       + (scaling * h B[slab]^T + bias[slab])
     grad_x       grad_x[:, slab] = grad_y W[:, slab] + scaling * dropout'(g A[:, slab])
@@ -157,14 +157,16 @@ def forward(
 ) -> Tensor:
     """y [m, n] of `reference.qlora_forward`, from its h; k is even."""
     (m, k), n = x.shape, lora_b.shape[0]
+    x = _for_cublas(x)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     weight = weight_arguments(packed, absmax, nested_absmax, nested_offset, format, scale_format)
     buffer, slabs = _slabs(n, k, x)
     for first, rows in slabs:
         slab = _dequantize(weight, k, blocksize, first, 0, buffer[: rows * k].view(rows, k))
         part = slice(first, first + rows)
-        right, bias_part = lora_b[part].mT, None if bias is None else bias[part]
-        _product(y[:, part], x, slab.mT, h, right, bias_part, None, scaling, 0.0, first)
+        torch.mm(x, slab.mT, out=y[:, part])
+        bias_part = None if bias is None else bias[part]
+        _add_adapter(y[:, part], h, lora_b[part].mT, bias_part, None, scaling, 0.0, first)
     return y
 
 
@@ -185,6 +187,7 @@ def grad_x(
 ) -> Tensor:
     """See `reference.qlora_grad_x`; k is even."""
     (m, n), k = grad_y.shape, lora_a.shape[1]
+    grad_y = _for_cublas(grad_y)
     out = torch.empty(m, k, dtype=grad_y.dtype, device=grad_y.device)
     weight = weight_arguments(packed, absmax, nested_absmax, nested_offset, format, scale_format)
     buffer, slabs = _slabs(k, n, grad_y)
@@ -192,8 +195,8 @@ def grad_x(
         slab = buffer[: n * columns].view(n, columns)
         slab = _dequantize(weight, k, blocksize, 0, first, slab)
         part = slice(first, first + columns)
-        right = lora_a[:, part]
-        _product(out[:, part], grad_y, slab, g, right, None, rng, scaling, dropout, first)
+        torch.mm(grad_y, slab, out=out[:, part])
+        _add_adapter(out[:, part], g, lora_a[:, part], None, rng, scaling, dropout, first)
     return out
 
 
@@ -237,21 +240,18 @@ def _dequantize(
     return out
 
 
-def _product(
+def _add_adapter(
     out: Tensor,
     left: Tensor,
     right: Tensor,
-    low_rank_left: Tensor,
-    low_rank_right: Tensor,
     bias: Tensor | None,
     rng: Tensor | None,
     scaling: float,
     dropout: float,
     first_column: int,
 ) -> None:
-    """out = left right + scaling * dropout'(low_rank_left low_rank_right) + bias, in two launches."""
-    torch.mm(left.detach(), right.detach(), out=out)  # `out` refuses what requires a gradient
-    (m, width), r = out.shape, low_rank_left.shape[1]
+    """out += scaling * dropout'(left right) + bias, for columns `first_column` and on of the layer's result."""
+    (m, width), r = out.shape, left.shape[1]
     if not r and bias is None:
         return
     config = tuning.adapter(r, out.dtype)
@@ -259,8 +259,8 @@ def _product(
     threshold, keep_scale = dropout_arguments(dropout)
     with torch.cuda.device_of(out):
         _adapter_kernel[(tiles,)](
-            low_rank_left,
-            low_rank_right,
+            left,
+            right,
             None if bias is None else bias.contiguous(),
             rng,
             out,
@@ -268,13 +268,18 @@ def _product(
             width,
             r,
             first_column,
-            low_rank_left.stride(0),
-            low_rank_left.stride(1),
-            low_rank_right.stride(0),
-            low_rank_right.stride(1),
+            left.stride(0),
+            left.stride(1),
+            right.stride(0),
+            right.stride(1),
             out.stride(0),
             float(scaling),
             threshold,
             keep_scale,
             **config,
         )
+
+
+def _for_cublas(matrix: Tensor) -> Tensor:
+    """The matrix with a stride of 1, which torch would otherwise copy for each slab anew."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()

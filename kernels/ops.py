@@ -32,7 +32,10 @@ def _define(schema: str, cuda_module: str, fake: Callable[..., Any]) -> None:
     name = schema.partition("(")[0]
 
     def cuda(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"qlora.kernels.{cuda_module}"), name)(*args)
+        with (
+            torch.no_grad()
+        ):  # no op has autograd, and torch's out= refuses what requires a gradient
+            return getattr(importlib.import_module(f"qlora.kernels.{cuda_module}"), name)(*args)
 
     torch.library.define(f"qlora::{name}", schema.removeprefix(name))
     torch.library.impl(f"qlora::{name}", "CPU")(getattr(cpu, name))

@@ -75,17 +75,17 @@ SLAB_BYTES = 32 * 2**20
 """Of the weight that is decoded at a time for many tokens: within the second-level cache of an H100 (50 MB)."""
 
 SLAB_MULTIPLE = 256
-"""Rows or columns of a slab are a multiple of this, the larger side of cuBLAS' tiles."""
+"""Rows or columns of a slab are a multiple of this where they fit: the larger side of cuBLAS' tiles."""
 
 DEQUANTIZE_SLAB: Config = {"BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 4}
-ADAPTER: Config = {"BLOCK_M": 64, "BLOCK_W": 128, "num_warps": 4, "num_stages": 2}
+ADAPTER: Config = {"BLOCK_M": 64, "BLOCK_W": 128, "num_warps": 8, "num_stages": 2}
 ADAPTER_FP32: Config = {"BLOCK_M": 32, "BLOCK_W": 64, "num_warps": 8, "num_stages": 2}
 
 GROUP_M = 8
 """Tiles of tokens that share a tile of weight in the second-level cache before the next one is read."""
 
 LARGEST_RANK_TILE = 64
-"""Ranks per step of the adapter's summand in the fused kernels."""
+"""Ranks per step of the adapter's summand in the layer's kernels."""
 
 LARGEST_SKINNY_TILE = 256
 """Ranks per program in the adapter's own kernels: all of them, so that activations are read once."""
@@ -136,9 +136,10 @@ def few_tokens(m: int, blocks: int) -> Config | None:
 
 
 def slab_size(length: int, dtype: torch.dtype) -> int:
-    """Rows or columns in a slab, if each has `length` elements."""
+    """Rows or columns in a slab, if each has `length` elements; a multiple of 32 at least."""
     fitting = SLAB_BYTES // (max(length, 1) * dtype.itemsize)
-    return max(fitting // SLAB_MULTIPLE, 1) * SLAB_MULTIPLE
+    multiple = SLAB_MULTIPLE if fitting >= SLAB_MULTIPLE else 32
+    return max(fitting // multiple, 1) * multiple
 
 
 def adapter(r: int, dtype: torch.dtype) -> Config:

@@ -235,6 +235,25 @@ def test_the_tolerance_rule_for_inputs_of_one_sign(
 
 
 @every_device
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("heavy", ["Laplace", "Student's t"])
+def test_the_tolerance_rule_for_weights_with_heavy_tails(
+    device: str, heavy: str, dtype: torch.dtype
+) -> None:
+    """Where the codes of small values are more frequent than in normal weights; inputs of one sign again."""
+    layer = Layer(m=16, n=32, k=4096, r=0, dtype=dtype, blocksize=64, bias=False)
+    normal, other = layer.normal("weight", 32, 4096), layer.normal("other", 3, 32, 4096)
+    if heavy == "Laplace":
+        weight = normal * other[:2].square().sum(0).sqrt()
+    else:
+        weight = normal / other.square().mean(0).sqrt()  # three degrees of freedom
+    packed, scales = layer.quantized(weight)
+    inputs = layer.drawn()
+    inputs = replace(inputs, x=inputs.x.abs(), packed=packed, scales=scales)
+    assert_keeps_the_rule(device, inputs)
+
+
+@every_device
 def test_the_tolerance_rule_for_one_token(device: str) -> None:
     assert_keeps_the_rule(device, Layer(m=1, n=512, k=512, r=16, blocksize=32).drawn())
 

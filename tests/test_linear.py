@@ -306,6 +306,16 @@ def test_the_kernel_is_chosen_by_tokens(
 
 
 @on_devices
+@pytest.mark.parametrize("m", [2, 40, 72])
+def test_every_kernel_gets_what_it_is_called_with(device: str, m: int) -> None:
+    """Few, some and many tokens, with everything that a layer can have."""
+    dtype = torch.bfloat16 if m == 2 else torch.float32
+    layer = Layer(m=m, n=200, k=256, dtype=dtype, blocksize=64, dropout=0.3)
+    with mock.patch.object(tuning, "MANY_TOKENS", 64):
+        _check(device, linear, layer)
+
+
+@on_devices
 @pytest.mark.parametrize("dtype", qst.DTYPES)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_odd_rows_are_dequantized_first(device: str, dropout: float, dtype: torch.dtype) -> None:

@@ -80,8 +80,12 @@ def test_matrix_kernels_use_the_tensor_cores(
 
 
 def test_loads_are_wide(rows: list[dict[str, Any]]) -> None:
-    """16 bytes a thread, of packed weights and of activations."""
+    """16 bytes a thread; a byte or two at a time only where the codes of scales are read."""
     assert [row for row in rows if row["load_bits"] < 128] == []
+    decoding = {"few_tokens", "qlora_forward", "qlora_grad_x", "dequantize_4bit", "dequantize_slab"}
+    half = [row for row in rows if row["kernel"] in decoding and "fp32" not in row["case"]]
+    assert {row["kernel"] for row in half} == decoding
+    assert [row for row in half if row["narrow_loads"] > 4] == []
 
 
 def test_blockwise_stores_are_wide(rows: list[dict[str, Any]]) -> None:
@@ -122,7 +126,7 @@ def test_instructions_per_weight_for_few_tokens(rows: list[dict[str, Any]]) -> N
 
 def test_scales_are_decoded_without_fused_multiply_add(rows: list[dict[str, Any]]) -> None:
     """A product and a sum, each rounded, as in the reference: contraction would change last bits."""
-    decoding = [row for row in rows if row["kernel"].startswith("dequantize")]
+    decoding = [row for row in rows if row["kernel"].startswith(("dequantize", "few_tokens"))]
     decoding += [
         row for row in rows if row["kernel"].startswith("qlora") and "fp32" not in row["case"]
     ]

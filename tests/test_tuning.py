@@ -58,3 +58,13 @@ def test_what_has_a_fused_path() -> None:
     assert tuning.can_fuse(64, torch.bfloat16)
     assert not tuning.can_fuse(63, torch.bfloat16)
     assert not tuning.can_fuse(64, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("length", [1, 64, 4096, 28672, 128256, 256000])
+def test_a_slab_stays_within_its_bytes(length: int, dtype: torch.dtype) -> None:
+    size = tuning.slab_size(length, dtype)
+    assert size > 0
+    assert size % 32 == 0
+    assert size == 32 or size * length * dtype.itemsize <= tuning.SLAB_BYTES
+    assert size * length * dtype.itemsize <= 2**26
