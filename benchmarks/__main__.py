@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import ceilings, machine, plot, results
-from benchmarks.harness import Case, Measurement, Settings, measure
+from benchmarks.clocks import device_error
+from benchmarks.harness import Case, Settings, measure
 from benchmarks.peers import quiet
 from benchmarks.suite import GROUPS, all_cases, useful_dtypes
 from qlora import files
@@ -37,9 +41,9 @@ examples:
   python -m benchmarks --only step           the fine-tuning step alone
   OMP_NUM_THREADS=1 python -m benchmarks     on one thread
 
-The exit status is 1 if a result of ours was wrong or a required target was missed; other targets that are
-missed are marked in the table. For figures to publish, leave
-the machine idle: compare p20 and p80 to see how much others disturbed.
+The exit status is 1 if a case of ours failed or was wrong, or a required target was missed; other targets that
+are missed are marked in the table. What is measured is stored after every case. For figures to publish, leave the
+machine idle: compare p20 and p80 to see how much others disturbed.
 """
 _QUICK = Settings(seconds=1.0, min_rounds=3, max_rounds=10)
 
@@ -57,7 +61,10 @@ def main(argv: list[str] | None = None) -> int:
         from benchmarks import readme
 
         return readme.main(argv[1:])
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA GPU that torch sees; there is none")
     if options.baseline is not None:
         from benchmarks import baseline
 
@@ -72,13 +79,14 @@ def _parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION + groups,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --baseline hands arguments on, without itself
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--only", type=_groups, metavar="GROUP[,GROUP]", help="these groups")
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument(
-        "--seconds", type=float, help="time to spend on the rounds of a case (default: 4)"
+        "--seconds", type=_seconds, help="time to spend on the rounds of a case (default: 4)"
     )
     parser.add_argument(
         "--baseline",
@@ -107,6 +115,16 @@ def _groups(text: str) -> list[str]:
     return chosen
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0; got {text}")
+    return seconds
+
+
 def _run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     settings = _QUICK if options.quick else Settings()
@@ -120,32 +138,43 @@ def _run(options: argparse.Namespace) -> int:
             return 2
         if options.ours_only:
             cases = [without_peers(case) for case in cases]
-        speeds = ceilings.measure(device, dtypes, options.quick)
-        measurements = _measure(cases, settings)
-    result = results.record(measurements, settings, device, speeds)
-    print(results.table(result))
-    path = options.output or plot.RESULTS / f"{_stem(options, result)}.json"
+        path = options.output or plot.RESULTS / f"{_stem(options, device)}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass  # what cannot be written is told before anything is measured
+        except OSError as error:
+            print(f"error: --output: cannot write to {path}: {error.strerror}", file=sys.stderr)
+            return 2
+        result = results.begin(settings, device, ceilings.measure(device, dtypes, options.quick))
+        broken = _measure(cases, settings, result, path)
+    result["complete"] = not (broken or options.only or options.quick or options.ours_only)
     files.write_json(path, result)
+    print(results.table(result))
     print(f"\nwritten to {path}")
-    if not options.ours_only:
-        _draw(result, path, options.output is None)
-    failures = results.failures(result)
+    failures = results.failures(result) + [broken] * bool(broken)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
+    if not options.ours_only:
+        _draw(result, path, options.output is None)
     return 1 if failures else 0
 
 
-def _measure(cases: list[Case], settings: Settings) -> list[Measurement]:
-    measurements = []
+def _measure(cases: list[Case], settings: Settings, result: dict[str, Any], path: Path) -> str:
+    """Add the cases to the result, and write it after each: what is measured stays, whatever comes.
+
+    Returns why the device broke down before the last case, or an empty string.
+    """
     with tqdm(cases, unit="case", dynamic_ncols=True) as bar:
         # In a log file a line for each case is enough.
         report = bar.set_postfix_str if sys.stderr.isatty() else lambda doing: None
         for case in bar:
             bar.set_description(f"{case.group}: {case.name}")
-            measurements.append(measure(case, settings, report=report))
-            if case.device.type == "cuda":
-                torch.cuda.empty_cache()  # the next case allocates other sizes
-    return measurements
+            result["cases"].append(results.case_record(measure(case, settings, report=report)))
+            files.write_json(path, result)
+            if error := device_error(case.device):
+                return f"{case.name}: the device takes no more work: {error}"
+    return ""
 
 
 def without_peers(case: Case) -> Case:
@@ -155,8 +184,8 @@ def without_peers(case: Case) -> Case:
     return replace(case, contenders=(ours, *yardsticks))
 
 
-def _stem(options: argparse.Namespace, result: dict) -> str:
-    words = [machine.file_stem(result["device"]), *(options.only or [])]
+def _stem(options: argparse.Namespace, device: torch.device) -> str:
+    words = [machine.file_stem(machine.describe(device)), *(options.only or [])]
     words += ["ours"] * options.ours_only + ["quick"] * options.quick
     return "-".join(words)
 
@@ -168,6 +197,8 @@ def _draw(result: dict, path: Path, in_place: bool) -> None:
             print(f"drawn to {drawn}")
     except ImportError:
         print("not drawn: matplotlib is not installed")
+    except ValueError as error:
+        print(f"not drawn: {error}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 
 import torch
@@ -75,14 +75,13 @@ def _case(
         },
         inputs=partial(DecoderInputs, device, dtype, shape, batch),
         contenders=(
-            Contender(OURS, lambda i: forward_backward(i.ours, i.x, i.grad_y), _check),
-            Contender(
+            _contender(OURS, lambda i: i.ours),
+            _contender(
                 PEFT_BITSANDBYTES,
-                lambda i: _peft(i, i.bitsandbytes()),
-                _check,
+                lambda i: i.peft(i.bitsandbytes()),
                 peers.PEFT_OVER_BITSANDBYTES,
             ),
-            Contender(PEFT_DENSE, lambda i: _peft(i, i.base()), _check, peers.PEFT),
+            _contender(PEFT_DENSE, lambda i: i.peft(i.base()), peers.PEFT),
         ),
         targets=targets,
         device=device,
@@ -140,9 +139,16 @@ def _load(shape: Mapping[str, float], device: torch.device) -> nn.Module:
     return model
 
 
-def _peft(inputs: DecoderInputs, model: nn.Module) -> Call:
-    call = forward_backward(inputs.peft(model), inputs.x, inputs.grad_y)
-    return peers.autocast(inputs.device, inputs.dtype)(call)
+def _contender(
+    name: str, model: Callable[[DecoderInputs], nn.Module], requires: tuple[str, ...] = ()
+) -> Contender:
+    """One that trains this model; a peer does so under autocast."""
+
+    def prepare(inputs: DecoderInputs) -> Call:
+        call = forward_backward(model(inputs), inputs.x, inputs.grad_y)
+        return peers.autocast(inputs.device, inputs.dtype)(call) if requires else call
+
+    return Contender(name, prepare, _check, requires, model)
 
 
 def forward_backward(model: nn.Module, x: Tensor, grad_y: Tensor) -> Call:

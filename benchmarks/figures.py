@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,15 @@ BAR_INCHES = 0.125
 
 _STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 _OURS = "#17365d"
-_PEERS = ("#e08214", "#4d9a4d", "#b2457f", "#2a9d9d", "#8c6bb1", "#a6761d", "#f4a6a0", "#6baed6")
-_YARDSTICKS = ("#b0b0b0", "#d3d3d3")
+_PEERS = (
+    *("#e08214", "#4d9a4d", "#b2457f", "#2a9d9d", "#8c6bb1", "#a6761d", "#f4a6a0", "#6baed6"),
+    *("#d4c21a", "#d6453d", "#a8d98a", "#5c4033", "#3f6fd1", "#cdb4e8"),
+)
+_YARDSTICKS = ("#9a9a9a", "#c4c4c4", "#e0e0e0")
 _MISSED = "#b2182b"
-_FINE_TICKS = (1, 1.25, 1.5, 2, 3, 4, 6, 8)
+_TICKS = ((12, (1, 2, 5)), (3, (1, 1.5, 2, 3, 4, 6, 8)), (0, (1, 1.25, 1.5, 2, 3, 4, 6, 8)))
+"""On a logarithmic axis, if its end is more than so many times its start."""
+_NAME_CHARACTERS = 36
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Bar:
     text: str
     aim: float | None = None
     missed: bool = False
+    is_yardstick: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,19 +50,35 @@ class Row:
 
 def height(rows: Sequence[Row]) -> int:
     """Of a panel, in bars: there is a gap after each case."""
-    return sum(len(row.bars) + 1 for row in rows)
+    return sum(_span(row) + 1 for row in rows)
+
+
+def _span(row: Row) -> int:
+    """Of a case, in bars: a name takes up to two lines."""
+    return max(2, len(row.bars))
 
 
 def colors(result: Mapping[str, Any]) -> dict[str, str]:
-    """One color for a contender throughout: ours dark, yardsticks grey."""
+    """By label, one color throughout: ours dark, yardsticks grey."""
     chosen: dict[str, str] = {}
     peers, yardsticks = cycle(_PEERS), cycle(_YARDSTICKS)
     for case in result["cases"]:
         for place, timing in enumerate(case["timings"]):
-            if timing["contender"] not in chosen:
+            if label(timing) not in chosen:
                 others = yardsticks if timing["is_yardstick"] else peers
-                chosen[timing["contender"]] = next(others) if place else _OURS
+                chosen[label(timing)] = next(others) if place else _OURS
     return chosen
+
+
+def label(timing: Mapping[str, Any]) -> str:
+    """A contender as the plots call it: whole models say of what bytes they are, single layers do not."""
+    name = timing["contender"].removesuffix(" NF4+DQ")
+    return f"{name} (yardstick)" if timing["is_yardstick"] else name
+
+
+def digits(value: float) -> str:
+    """Three significant digits or more, with commas between thousands."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 @contextmanager
@@ -87,23 +110,24 @@ def _title(result: Mapping[str, Any]) -> str:
 
 
 def legend(figure: Any, palette: Mapping[str, str], markers: Mapping[str, str]) -> None:
-    """Below everything: colors by contender, and markers by what they stand for."""
+    """Below everything: colors by label, and markers by what they stand for."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Any] = [Patch(color=color, label=name) for name, color in palette.items()]
     for name, marker in markers.items():
         handles.append(Line2D([], [], color="black", marker=marker, linestyle="", label=name))
-    columns = max(2, int(figure.get_figwidth() / 2.3))
+    columns = max(2, int(figure.get_figwidth() / 2.4))
     figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False)
 
 
 def draw_bars(axes: Any, rows: Sequence[Row], palette: Mapping[str, str], origin: float) -> None:
     """Horizontal bars from `origin` on, a block for each case, the first at the top."""
-    y, ticks = 0.0, []
+    top, ticks = 0.0, []
     for row in rows:
-        ticks.append(y + (len(row.bars) - 1) / 2)
-        for bar in row.bars:
+        ticks.append(top + (_span(row) - 1) / 2)
+        for y, bar in enumerate(row.bars, start=1):
+            y += ticks[-1] - (len(row.bars) + 1) / 2
             color = palette[bar.contender]
             axes.barh(y, bar.value - origin, left=origin, color=color, height=0.9)
             color = _MISSED if bar.missed else "black"
@@ -111,18 +135,30 @@ def draw_bars(axes: Any, rows: Sequence[Row], palette: Mapping[str, str], origin
             axes.text(1.01, y, bar.text, color=color, fontsize=6.5, **where)
             if bar.aim is not None:
                 axes.plot([bar.aim] * 2, [y - 0.5, y + 0.5], color="black", linewidth=1.8)
-            y += 1
-        y += 1
-    axes.set_yticks(ticks, [row.case for row in rows], fontsize=7)
+        top += _span(row) + 1
+    axes.set_yticks(ticks, [_wrapped(row.case) for row in rows], fontsize=7)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(y - 1.3, -0.7)
+    axes.set_ylim(top - 1.3, -0.7)
+
+
+def _wrapped(name: str) -> str:
+    """On several lines if it is long, broken after commas alone."""
+    fixed = name.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
+    return textwrap.fill(fixed, _NAME_CHARACTERS)
 
 
 def log_ticks(axis: Any) -> None:
     """1, 2, 5, 10, 20, ... written out; more between them if the axis is short."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 12 else _FINE_TICKS))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_major_locator(LogLocator(subs=next(t for least, t in _TICKS if high / low > least)))
     axis.set_minor_locator(NullLocator())
+    plain_numbers(axis)
+
+
+def plain_numbers(axis: Any) -> None:
+    """Ticks without powers of ten, with commas between thousands."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import clocks
 from benchmarks.clocks import Call, Clock, first_line
@@ -38,12 +38,14 @@ class Contender:
         check: takes the input set and what the call returned; raises AssertionError if that is wrong. None
             marks a yardstick: a call that does less than the case asks for, to see what the hardware gives.
         requires: packages without which it is listed as not installed.
+        model: what it trains, from the input set, if its weights are to count into its peak of memory.
     """
 
     name: str
     prepare: Callable[[Any], Call]
     check: Callable[[Any, Any], None] | None
     requires: tuple[str, ...] = ()
+    model: Callable[[Any], nn.Module] | None = None
 
     @property
     def is_yardstick(self) -> bool:
@@ -68,6 +70,8 @@ class Case:
         bytes_moved: the fewest bytes that device memory must move, if there is a saying.
         operations: floating point operations of the products; None if there are none.
         most_temporary_bytes: what ours may hold beyond inputs and results, where that is bounded.
+        draws: whether calls draw from torch's generators, so that only the first after a seed can be drawn again.
+        gradients: whether autograd is on.
     """
 
     group: str
@@ -83,6 +87,8 @@ class Case:
     bytes_moved: int | None = None
     operations: int | None = None
     most_temporary_bytes: int | None = None
+    draws: bool = False
+    gradients: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ class Settings:
 class Timing:
     """What became of one contender; the percentiles are None unless `status` is "timed".
 
-    `temporary_bytes` is what one call held beyond inputs and result; None where that is not measured.
+    `temporary_bytes` is what one call held beyond inputs and result, `peak_bytes` all that it held with its
+    weights; None where that is not measured.
     """
 
     contender: str
@@ -115,6 +122,7 @@ class Timing:
     p50_ms: float | None = None
     p80_ms: float | None = None
     temporary_bytes: int | None = None
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -152,17 +160,25 @@ def measure(
         clock: by default the one of the case's device and kind.
         report: is told what is being done, for a progress bar.
     """
-    report("inputs")
-    inputs = [case.inputs(seed) for seed in range(case.input_sets)]
-    admitted: dict[str, Timing] = {}
-    calls: dict[str, Call] = {}
-    for contender in case.contenders:
-        report(f"check {contender.name}")
-        admitted[contender.name], call = _admit(case, contender, inputs)
-        if call is not None:
-            calls[contender.name] = call
-    clock = clock or clocks.clock_for(case.device, case.clock)
-    samples = _time_in_turns(calls, case.input_sets, settings, clock, report)
+    with torch.set_grad_enabled(case.gradients):
+        report("inputs")
+        try:
+            inputs = [case.inputs(seed) for seed in range(case.input_sets)]
+        except Exception as error:  # the case is listed, and the next one is measured
+            reason = f"inputs: {_reason(error)}"
+            timings = (Timing(c.name, FAILED, reason, c.is_yardstick) for c in case.contenders)
+            return Measurement(case, tuple(timings))
+        admitted: dict[str, Timing] = {}
+        calls: dict[str, Call] = {}
+        for contender in case.contenders:
+            report(f"check {contender.name}")
+            admitted[contender.name], call = _admit(case, contender, inputs)
+            if call is not None:
+                calls[contender.name] = call
+        clock = clock or clocks.clock_for(case.device, case.clock)
+        samples, reasons = _time_in_turns(calls, case.input_sets, settings, clock, report)
+    for name, reason in reasons.items():
+        admitted[name] = replace(admitted[name], status=FAILED, reason=reason)
     timings = (_with_percentiles(admitted[c.name], samples.get(c.name)) for c in case.contenders)
     return Measurement(case, tuple(timings))
 
@@ -183,34 +199,61 @@ def _admit(case: Case, contender: Contender, inputs: Sequence[Any]) -> tuple[Tim
             contender.check(inputs[0], result)
         del result
         if case.device.type == "cuda":
-            timing = replace(timing, temporary_bytes=clocks.temporary_bytes(calls[0]))
+            timing = _with_memory(timing, contender, calls[0], inputs[0])
         if case.clock != clocks.GRAPH:
             return timing, partial(clocks.run_all, calls)
-        return timing, _captured(contender, calls, inputs)
+        return timing, _captured(case, contender, calls, inputs)
     except AssertionError as error:
         return replace(timing, status=WRONG, reason=first_line(error)), None
     except Exception as error:  # a peer may fail in any way, and the others can still be timed
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        return replace(timing, status=FAILED, reason=reason), None
+        return replace(timing, status=FAILED, reason=_reason(error)), None
 
 
-def _captured(contender: Contender, calls: Sequence[Call], inputs: Sequence[Any]) -> Call:
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _with_memory(timing: Timing, contender: Contender, call: Call, one: Any) -> Timing:
+    peak = None if contender.model is None else clocks.peak_bytes(call, contender.model(one))
+    return replace(timing, temporary_bytes=clocks.temporary_bytes(call), peak_bytes=peak)
+
+
+def _captured(
+    case: Case, contender: Contender, calls: Sequence[Call], inputs: Sequence[Any]
+) -> Call:
     """The replay of a graph of all calls, checked anew: a graph may hold less than the eager call did."""
     replay, results = clocks.capture(calls)
     if contender.check is not None:
-        for result in results:
-            _spoil(result)
+        for tensor in _tensors(results):
+            _spoil(tensor)
+        torch.manual_seed(CHECK_SEED)
         replay()
-        for one, result in zip(inputs, results, strict=True):
+        known = 1 if case.draws else len(results)
+        for one, result in zip(inputs[:known], results[:known], strict=True):
             contender.check(one, result)
+        for tensor in _tensors(results[known:]):
+            if not tensor.isfinite().all():
+                raise AssertionError("a replay leaves something out")
     return replay
 
 
-def _spoil(result: Any) -> None:
-    """Overwrite a tensor, so that what a replay does not write shows."""
-    if not isinstance(result, Tensor):
-        raise TypeError(f"a captured call must return one tensor; got {type(result).__name__}")
-    result.fill_(torch.nan)
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """Those of what a call returned: a tensor, or lists or tuples of tensors."""
+    if isinstance(result, (list, tuple)):
+        for part in result:
+            yield from _tensors(part)
+    elif isinstance(result, Tensor):
+        yield result
+    else:
+        raise TypeError(f"a captured call must return tensors; got {type(result).__name__}")
+
+
+def _spoil(tensor: Tensor) -> None:
+    """Overwrite it, so that what a replay does not write shows."""
+    if tensor.is_floating_point():
+        tensor.fill_(torch.nan)
+    else:
+        tensor.bitwise_not_()
 
 
 # --- Rounds -----------------------------------------------------------------------------------------
@@ -222,23 +265,32 @@ def _time_in_turns(
     settings: Settings,
     clock: Clock,
     report: Callable[[str], None],
-) -> dict[str, list[float]]:
-    """Seconds of a call on one input set, by contender, a sample for each round."""
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of a call on one input set, by contender, a sample for each round; and why others failed.
+
+    Who fails has no samples and is not called again.
+    """
+    reasons: dict[str, str] = {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     used = dict.fromkeys(calls, 0.0)
     order, rounds = random.Random(0), -settings.warmup_rounds
     with _no_garbage_collection():
-        while calls and _goes_on(rounds, sum(used.values()), settings):
-            for name in order.sample(list(calls), len(calls)):
+        while samples and _goes_on(rounds, sum(used.values()), settings):
+            for name in order.sample(list(samples), len(samples)):
                 if _sits_out(len(samples[name]), used[name], settings):
                     continue
                 report(f"{name}, round {max(rounds, 0) + 1}")
-                seconds = clock(calls[name])
+                try:
+                    seconds = clock(calls[name])
+                except Exception as error:  # out of memory, or worse: the others go on
+                    reasons[name] = _reason(error)
+                    del samples[name]
+                    continue
                 if rounds >= 0:
                     samples[name].append(seconds / input_sets)
                     used[name] += seconds
             rounds += 1
-    return samples
+    return samples, reasons
 
 
 def _goes_on(rounds: int, spent: float, settings: Settings) -> bool:

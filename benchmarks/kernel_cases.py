@@ -1,13 +1,14 @@
-"""Cases of one tensor or one product: quantize, dequantize, forward, and what a launch costs.
+"""Cases of one tensor or one product: quantize, dequantize, forward, what a launch costs, and which kernel serves.
 
 The yardstick is measured in the same turns: copying as many bytes as a case has to move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from benchmarks import clocks, peers
 from benchmarks.clocks import Call
 from benchmarks.harness import Case, Contender
 from benchmarks.inputs import OURS, Inputs, Variant
-from qlora.kernels import formats, reference
+from qlora.kernels import formats, ops, reference
 from qlora.quantized import QuantizedTensor, dequantize_4bit, quantize_4bit
 from qlora.testing import FORWARD_FACTOR, assert_close_to_oracle, relative_rmse
 
@@ -27,7 +28,8 @@ MOST_TEMPORARY_BYTES = 64 * 2**20
 
 # Shapes [n, k] of what is converted, and the targets: by device, the least ratio of a contender's time to ours.
 CONVERTED = {"cpu": [(1536, 576), (4096, 4096)], "cuda": [(8192, 8192), (28672, 8192)]}
-QUANTIZE_TARGETS = {"cpu": {BITSANDBYTES: 2.0}, "cuda": {COPY: 0.80, BITSANDBYTES: 2.0}}
+QUANTIZE_TARGETS = {"cpu": {BITSANDBYTES: 2.0}, "cuda": {BITSANDBYTES: 2.0}}
+QUANTIZE_ON_DEVICE_TARGETS = {COPY: 0.80}
 DEQUANTIZE_TARGETS = {"cpu": {}, "cuda": {COPY: 0.90, BITSANDBYTES: 1.3}}
 
 # Tokens m, and the shapes that they are multiplied with.
@@ -48,6 +50,13 @@ FORWARD_TARGETS = (
 LAUNCHED = (1024, 1024)
 """Small, so that the GPU keeps up with the launches and never holds one up."""
 
+CROSSOVER_SHAPE = (8192, 8192)
+CROSSOVERS = {
+    **dict.fromkeys((8, 16), ("few_tokens", "fused_linear")),
+    **dict.fromkeys((64, 512, 1024, 2048), ("fused_linear", "many_tokens")),
+}
+"""By tokens m, the kernels between which `tuning` chooses at about that m."""
+
 
 def kernel_cases(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -> list[Case]:
     """All cases of this module; with `quick`, of the first shape alone."""
@@ -55,6 +64,8 @@ def kernel_cases(device: torch.device, dtypes: Sequence[torch.dtype], quick: boo
     variant = partial(Variant, device, quick=quick)
     converted = [variant(dtype, *shape) for shape in CONVERTED[kind][:most] for dtype in dtypes]
     cases = [_quantize_case(v, QUANTIZE_TARGETS[kind]) for v in converted]
+    if kind == "cuda":
+        cases += [_quantize_on_device_case(v, QUANTIZE_ON_DEVICE_TARGETS) for v in converted]
     cases += [_dequantize_case(v, DEQUANTIZE_TARGETS[kind]) for v in converted]
     cases += [
         _forward_case(variant(dtype, *shape), m)
@@ -64,6 +75,11 @@ def kernel_cases(device: torch.device, dtypes: Sequence[torch.dtype], quick: boo
     ]
     if kind == "cuda":
         cases += [_launch_case(variant(dtype, *LAUNCHED)) for dtype in dtypes]
+        cases += [
+            _crossover_case(variant(dtype, *CROSSOVER_SHAPE), m, names)
+            for m, names in list(CROSSOVERS.items())[:most]
+            for dtype in dtypes
+        ]
     return cases
 
 
@@ -71,6 +87,7 @@ def kernel_cases(device: torch.device, dtypes: Sequence[torch.dtype], quick: boo
 
 
 def _quantize_case(variant: Variant, targets: Mapping[str, float]) -> Case:
+    """The public call. It looks for NaN, so that on a GPU the host waits for the device, and the clock is eager."""
     moved = variant.dense_bytes + variant.nf4_bytes
     contenders = (
         Contender(OURS, lambda i: partial(quantize_4bit, i.original), _check_quantized),
@@ -91,6 +108,34 @@ def _quantize_case(variant: Variant, targets: Mapping[str, float]) -> Case:
     return variant.case(
         "quantize", contenders, targets, moved, most_temporary_bytes=MOST_TEMPORARY_BYTES
     )
+
+
+def _quantize_on_device_case(variant: Variant, targets: Mapping[str, float]) -> Case:
+    """The kernels alone, without the look for NaN, as a CUDA graph can hold them."""
+    moved = variant.dense_bytes + variant.nf4_bytes
+    contenders = (
+        Contender(OURS, lambda i: partial(_quantize_on_device, i.original), _check_parts),
+        _copy_of(moved),
+    )
+    return variant.case(
+        "quantize",
+        contenders,
+        targets,
+        moved,
+        ["without the check for NaN"],
+        clock=variant.replayed(),
+        most_temporary_bytes=MOST_TEMPORARY_BYTES,
+    )
+
+
+def _quantize_on_device(weight: Tensor) -> tuple[Tensor, ...]:
+    packed, absmax = ops.quantize_4bit(weight, "nf4", 64)
+    return packed, *ops.quantize_absmax(absmax, "dynamic8")
+
+
+def _check_parts(inputs: Inputs, parts: tuple[Tensor, ...]) -> None:
+    shape, dtype = inputs.original.shape, inputs.dtype
+    _check_quantized(inputs, QuantizedTensor(*parts, "nf4", 64, "dynamic8", shape, dtype))
 
 
 def _check_quantized(inputs: Inputs, q: QuantizedTensor) -> None:
@@ -129,7 +174,12 @@ def _dequantize_case(variant: Variant, targets: Mapping[str, float]) -> Case:
         _copy_of(moved),
     )
     return variant.case(
-        "dequantize", contenders, targets, moved, most_temporary_bytes=MOST_TEMPORARY_BYTES
+        "dequantize",
+        contenders,
+        targets,
+        moved,
+        clock=variant.replayed(),
+        most_temporary_bytes=MOST_TEMPORARY_BYTES,
     )
 
 
@@ -171,7 +221,7 @@ def _copy_of(moved: int) -> Contender:
 def _forward_case(variant: Variant, m: int) -> Case:
     """y = x W^T without an adapter, as in decoding and in evaluation."""
     moved = variant.nf4_bytes + m * (variant.n + variant.k) * variant.dtype.itemsize
-    contenders = tuple(map(_without_grad, (*_products(), _copy_of(moved))))
+    contenders = (*_products(), _copy_of(moved))
     on_gpu = variant.device.type == "cuda"
     return variant.case(
         "forward",
@@ -181,6 +231,7 @@ def _forward_case(variant: Variant, m: int) -> Case:
         [f"{m} token{'s' * (m > 1)}"],
         m,
         clock=variant.replayed(),
+        gradients=False,
         operations=2 * m * variant.n * variant.k,
         most_temporary_bytes=MOST_TEMPORARY_BYTES,
     )
@@ -188,9 +239,36 @@ def _forward_case(variant: Variant, m: int) -> Case:
 
 def _launch_case(variant: Variant) -> Case:
     """What the host spends on an eager call at m = 1, of many that the device does not hold up."""
-    contenders = tuple(map(_without_grad, _products()))
-    case = variant.case("launch", contenders, {}, variant.nf4_bytes, ["1 token"])
-    return replace(case, clock=clocks.HOST, bytes_moved=None)
+    case = variant.case("launch", _products(), {}, variant.nf4_bytes, ["1 token"])
+    return replace(case, clock=clocks.HOST, gradients=False, bytes_moved=None)
+
+
+def _crossover_case(variant: Variant, m: int, names: Sequence[str]) -> Case:
+    """The kernel that `tuning` chooses, as ours, beside each of those that it has to choose from."""
+    moved = variant.nf4_bytes + m * (variant.n + variant.k) * variant.dtype.itemsize
+    ours, *_ = _products()
+    kernels = [Contender(name, partial(_by_kernel, name), _check_forward) for name in names]
+    return variant.case(
+        "crossover",
+        (ours, *kernels),
+        {},
+        moved,
+        [f"{m} tokens"],
+        m,
+        clock=variant.replayed(),
+        gradients=False,
+        operations=2 * m * variant.n * variant.k,
+    )
+
+
+def _by_kernel(name: str, inputs: Inputs) -> Call:
+    """The product by one kernel; the adapter has rank 0, as where there is none."""
+    kernel = import_module(f"qlora.kernels.{name}")  # needs triton, which not every platform has
+    x, q = inputs.x, inputs.quantized
+    h, lora_b = x.new_empty(len(x), 0), x.new_empty(inputs.n, 0)
+    weight = (q.packed, q.absmax, q.nested_absmax, q.nested_offset)
+    formats_of = (q.format, q.blocksize, q.scale_format)
+    return partial(kernel.forward, x, *weight, None, h, lora_b, 1.0, *formats_of)
 
 
 def _products() -> tuple[Contender, ...]:
@@ -210,11 +288,6 @@ def _products() -> tuple[Contender, ...]:
         ),
         Contender(DENSE, lambda i: partial(F.linear, i.x, i.dense), _check_forward),
     )
-
-
-def _without_grad(contender: Contender) -> Contender:
-    prepare: Callable[[Inputs], Call] = contender.prepare
-    return replace(contender, prepare=lambda inputs: torch.no_grad()(prepare(inputs)))
 
 
 def _check_forward(inputs: Inputs, y: Tensor) -> None:

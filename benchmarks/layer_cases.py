@@ -1,23 +1,25 @@
 """Cases of one linear layer with an adapter: its result, and the gradients of x, A and B.
 
 Each contender draws its own dropout. The check draws it again from the same seed, and holds the contender to
-the fp64 oracle under that very mask.
+the fp64 oracle under that very mask. On a GPU both passes are replayed from a CUDA graph: from Python, the launches
+would take as long as the work of a short layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import peers
+from benchmarks import clocks, peers
 from benchmarks.clocks import Call
 from benchmarks.harness import CHECK_SEED, Case, Contender
 from benchmarks.inputs import ALPHA, OURS, RANK, SCALING, Inputs, Variant
-from benchmarks.kernel_cases import MOST_TEMPORARY_BYTES
+from benchmarks.kernel_cases import LAUNCHED, MOST_TEMPORARY_BYTES
 from qlora import QLoRAConfig
 from qlora.kernels import reference
 from qlora.modules import QLoRALinear
@@ -36,6 +38,7 @@ LAYER = {
         16384: [(4096, 4096)],
     },
 }
+LAUNCHED_TOKENS = 128
 DROPOUT = {"cpu": (0.0,), "cuda": (0.0, 0.05)}
 TARGETS = {"cpu": {PEFT: 1.0}, "cuda": {BY_HAND: 0.90, PEFT: 1.25, DECODED: 1.1}}
 """By device, the least ratio of a contender's time to ours."""
@@ -44,13 +47,16 @@ TARGETS = {"cpu": {PEFT: 1.0}, "cuda": {BY_HAND: 0.90, PEFT: 1.25, DECODED: 1.1}
 def layer_cases(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -> list[Case]:
     """All of them; with `quick`, of the first number of tokens and the first shape alone."""
     most = 1 if quick else None
-    return [
+    cases = [
         layer_case(Variant(device, dtype, *shape, quick=quick), m, dropout)
         for m, shapes in list(LAYER[device.type].items())[:most]
         for shape in shapes[:most]
         for dtype in dtypes
         for dropout in DROPOUT[device.type]
     ]
+    if device.type == "cuda":
+        cases += [_launch_case(Variant(device, dtype, *LAUNCHED, quick=quick)) for dtype in dtypes]
+    return cases
 
 
 def layer_case(variant: Variant, m: int, dropout: float) -> Case:
@@ -75,9 +81,19 @@ def layer_case(variant: Variant, m: int, dropout: float) -> Case:
         m,
         RANK,
         {"dropout": dropout},
+        clock=variant.replayed(),
+        draws=dropout > 0,
         operations=4 * m * n * k + 6 * m * RANK * (n + k),
         most_temporary_bytes=MOST_TEMPORARY_BYTES,
     )
+
+
+def _launch_case(variant: Variant) -> Case:
+    """What the host spends on both passes, of a layer so small that the device does not hold it up."""
+    case = layer_case(variant, LAUNCHED_TOKENS, 0.0)
+    alone = {"bytes_moved": None, "operations": None, "most_temporary_bytes": None, "targets": {}}
+    name = f"{case.name}, both passes"
+    return replace(case, group="launch", name=name, clock=clocks.HOST, input_sets=2, **alone)
 
 
 def _contender(

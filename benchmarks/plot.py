@@ -6,6 +6,7 @@ python -m benchmarks plot [results/DEVICE.json ...]
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,20 @@ def draw(result: Mapping[str, Any], path: Path) -> list[Path]:
 
 
 def main(argv: list[str]) -> int:
-    """Draw the plots of the given result files, by default of all."""
+    """Draw the plots of the given result files, by default of all. The exit status is 2 if one could not be."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks plot", description=main.__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="JSON", help="result files")
     parser.add_argument("--output", type=Path, default=PLOTS, help="folder for the PNG files")
     options = parser.parse_args(argv)
+    status = 0
     for path in options.files or sorted(RESULTS.glob("*.json")):
-        for drawn in draw(results.read(path), options.output / f"{path.stem}.png"):
-            print(drawn)
-    return 0
+        try:
+            for drawn in draw(results.read(path), options.output / f"{path.stem}.png"):
+                print(drawn)
+        except ImportError:
+            print("plots need matplotlib, which is not installed", file=sys.stderr)
+            return 2
+        except (OSError, ValueError) as error:  # the other files can still be drawn
+            print(f"not drawn: {error}", file=sys.stderr)
+            status = 2
+    return status

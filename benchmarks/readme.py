@@ -11,48 +11,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+import torch
+
+from benchmarks import figures, results
+from benchmarks.harness import Measurement, Timing
 from benchmarks.plot import PLOTS, RESULTS
+from benchmarks.suite import GROUPS, all_cases
 from qlora import files
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
-CUDA_TARGETS = (
-    (
-        "dequantize to bf16, NF4 + DQ, 8192 x 8192 and larger",
-        "0.90 of a copy",
-        "1.3 x bitsandbytes",
-    ),
-    ("quantize from bf16, NF4 + DQ", "0.80 of a copy", "2 x bitsandbytes"),
-    ("decode, 1 token, in a CUDA graph", "3.2 x dense, 0.75 of a copy", "1.3 x bitsandbytes"),
-    ("2 to 16 tokens", "2.5 x dense", "1.3 x bitsandbytes"),
-    ("32 to 512 tokens", "0.95 x dense", "1 x bitsandbytes"),
-    (
-        "layer with LoRA of rank 64, forward and backward, 2048 to 16384 tokens, dropout 0 and 0.05",
-        "0.90 x dense with LoRA fused by hand, 1.1 x dequantize + addmm",
-        "1.25 x PEFT over bitsandbytes",
-    ),
-    ("temporary memory at any shape", "64 MB at most", "-"),
-    (
-        "decoder layer of Llama-3-8B's shape, forward and backward, 4 x 2048 tokens",
-        "-",
-        "1.3 x PEFT over bitsandbytes, with no more memory",
-    ),
-)
-"""What is aimed at on an H100: (what, against the hardware and plain PyTorch, against peers). Once a CUDA
-device has been measured, the targets that its file holds take this table's place."""
-
-_TEMPORARY_LIMIT = 64 * 10**6
 _NOT_MEASURED = "not measured"
 _LEGEND = """\
 Medians of one run; beside *ours*, each contender's time over ours: above 1, ours is faster. In brackets the least
 ratio that is aimed at, in bold where it is missed; in italics yardsticks, which do less than the case asks for.
 *Of the ceiling*: how much of the speed of a copy, or of a dense product, measured in the same run, ours reaches."""
+_TARGETS_LEGEND = """\
+The targets, as the least ratio of a contender's time (or peak memory) to ours; of a case that could not be measured none
+is met:"""
+_NO_GPU = """\
+What is aimed at on an H100 in bf16, NF4 with double quantization, as the least ratio of a contender's time (or peak
+memory) to ours; **no CUDA device has been measured**:"""
 
 Stored = Mapping[str, Mapping[str, Any]]
 """Results by the stem of their file."""
+Row = tuple[str, ...]
 
 
 def main(argv: list[str]) -> int:
@@ -78,15 +63,16 @@ def main(argv: list[str]) -> int:
 
 
 def stored(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """The results in a folder, but for quick runs; one of an older layout is named and left out."""
+    """The results in a folder, but for partial and quick runs; one of an older layout is named and left out."""
     found = {}
     for path in sorted(folder.glob("*.json")):
-        if path.stem.endswith("-quick"):
-            continue
         try:
-            found[path.stem] = results.read(path)
+            result = results.read(path)
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
+            continue
+        if result.get("complete", True):
+            found[path.stem] = result
     return found
 
 
@@ -105,9 +91,9 @@ def section(found: Stored) -> str:
     for stem, result in found.items():
         parts += [_heading(stem, result), _cases(result)]
         if result["device"]["type"] == "cuda":
-            parts.append(_reached(result))
+            parts += [_TARGETS_LEGEND, _targets(result["cases"])]
     if all(result["device"]["type"] != "cuda" for result in found.values()):
-        parts += ["What is aimed at on an H100; **no CUDA device has been measured**:", _aims()]
+        parts += [_NO_GPU, _targets(unmeasured())]
     return "\n\n".join(parts)
 
 
@@ -142,13 +128,13 @@ def _cases(result: Mapping[str, Any]) -> str:
     )
 
 
-def _case_row(case: Mapping[str, Any], ceilings: Mapping[str, Any]) -> tuple[str, ...]:
+def _case_row(case: Mapping[str, Any], ceilings: Mapping[str, Any]) -> Row:
     ours, *others = case["timings"]
     name = f"{case['group']}: {case['name']}"
     ratios = ", ".join(filter(None, map(_ratio, others))) or "-"
     if ours["status"] != "timed":
         return (name, f"**{ours['status']}**", ratios, "-")
-    return (name, _time(ours["p50_ms"]), ratios, _share(case, ours["p50_ms"], ceilings))
+    return (name, _time(ours["p50_ms"]), ratios, _share(case, ceilings))
 
 
 def _ratio(timing: Mapping[str, Any]) -> str | None:
@@ -164,14 +150,9 @@ def _ratio(timing: Mapping[str, Any]) -> str | None:
     return f"*{text}*" if timing["is_yardstick"] else text
 
 
-def _share(case: Mapping[str, Any], p50_ms: float, ceilings: Mapping[str, Any]) -> str:
-    """The share of the ceiling that is nearer: how much of our time one of the two alone would take."""
-    product = ceilings.get("product_tflop_per_s", {}).get(case["parameters"].get("dtype"))
-    copy, shares = ceilings.get("copy_gb_per_s"), {}
-    if copy and case["bytes_moved"]:
-        shares["copy"] = case["bytes_moved"] / (copy * 1e6) / p50_ms
-    if product and case["operations"]:
-        shares["product"] = case["operations"] / (product * 1e9) / p50_ms
+def _share(case: Mapping[str, Any], ceilings: Mapping[str, Any]) -> str:
+    """The share of the ceiling that is nearer."""
+    shares = results.shares(case, ceilings)
     if not shares:
         return "-"
     nearer = max(shares, key=shares.__getitem__)
@@ -179,47 +160,88 @@ def _share(case: Mapping[str, Any], p50_ms: float, ceilings: Mapping[str, Any]) 
 
 
 def _time(milliseconds: float) -> str:
-    """Three significant digits or more."""
     value, unit = (milliseconds, "ms") if milliseconds >= 1 else (1e3 * milliseconds, "µs")
-    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{figures.digits(value)} {unit}"
 
 
 # --- Targets on a GPU -------------------------------------------------------------------------------
 
 
-def _aims() -> str:
-    header = ("", "against the hardware and PyTorch", "against peers", "measured")
-    return _table(header, [(*row, _NOT_MEASURED) for row in CUDA_TARGETS], ":-- :-- :-- :--")
+def unmeasured() -> list[dict[str, Any]]:
+    """The cases of a GPU as a result would hold them before anything is timed. It takes no GPU to list them."""
+    device, dtypes = torch.device("cuda"), [torch.bfloat16]
+    return [
+        results.case_record(
+            Measurement(case, tuple(Timing(c.name, _NOT_MEASURED) for c in case.contenders))
+        )
+        for case in all_cases(device, dtypes, list(GROUPS), quick=False)
+    ]
 
 
-def _reached(result: Mapping[str, Any]) -> str:
-    """Of each target of the file: the ratios from the least to the greatest, and how many cases meet it."""
-    found: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
-    for case in result["cases"]:
+def _targets(cases: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each target: the least and the greatest ratio that was measured, and how many cases meet it."""
+    rows = [*_ratio_rows(cases), *_peak_rows(cases), *_temporary_rows(cases)]
+    return _table(("", "against", "target", "measured", "met"), rows, ":-- :-- --: --: --:")
+
+
+def _ratio_rows(cases: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    """Time over ours: one row for each target of a contender in a group, of all cases that aim at it."""
+    alike: dict[tuple[str, str, float], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for case in cases:
         for timing in case["timings"]:
             if timing["target"] is not None:
                 key = (case["group"], timing["contender"], timing["target"])
-                found.setdefault(key, []).append(timing)
-    rows = [
-        (group, contender, f"{target:.3g}", _range(timings), _met(timings))
-        for (group, contender, target), timings in found.items()
-    ]
-    temporary = [case["timings"][0]["temporary_bytes"] for case in result["cases"]]
-    if known := [number for number in temporary if number is not None]:
-        met = sum(number <= _TEMPORARY_LIMIT for number in known)
-        most = f"{max(known) / 1e6:.3g} MB at most"
-        rows.append(("all", "temporary memory", "64 MB", most, f"{met} of {len(known)}"))
-    return _table(("group", "against", "target", "measured", "met"), rows, ":-- :-- --: --: --:")
+                alike.setdefault(key, []).append((case, timing))
+    for (group, contender, target), found in alike.items():
+        ratios = [t["time_over_ours"] for _, t in found if t["time_over_ours"] is not None]
+        met = sum(timing["meets_target"] is True for _, timing in found)
+        what = f"{group}{_tokens([case for case, _ in found])}"
+        yield (what, contender, f"{target:.3g}", *_outcome(ratios, met, len(found)))
 
 
-def _range(timings: Sequence[Mapping[str, Any]]) -> str:
-    ratios = [t["time_over_ours"] for t in timings if t["time_over_ours"] is not None]
-    return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else _NOT_MEASURED
+def _tokens(cases: Sequence[Mapping[str, Any]]) -> str:
+    """How many tokens, of cases that multiply."""
+    counts = {case["parameters"].get("m", case["parameters"].get("tokens")) for case in cases}
+    counts.discard(None)
+    if not counts or cases[0]["group"] in ("quantize", "dequantize"):
+        return ""
+    least, most = min(counts), max(counts)
+    return f", {least} to {most} tokens" if least < most else f", {most} token{'s' * (most > 1)}"
 
 
-def _met(timings: Sequence[Mapping[str, Any]]) -> str:
-    known = [timing["meets_target"] for timing in timings if timing["meets_target"] is not None]
-    return f"{sum(known)} of {len(known)}" if known else _NOT_MEASURED
+def _peak_rows(cases: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    """Of a decoder layer: no more memory, weights included, than the peer that is aimed at."""
+    for case in cases:
+        ours, *others = case["timings"]
+        for other in others:
+            if case["group"] == "decoder" and other["target"] is not None:
+                peaks = [other.get("peak_bytes"), ours.get("peak_bytes")]
+                ratios = [peaks[0] / peaks[1]] if all(peaks) else []
+                outcome = _outcome(ratios, sum(ratio >= 1 for ratio in ratios), 1)
+                yield ("decoder, peak memory", other["contender"], "1", *outcome)
+
+
+def _temporary_rows(cases: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    """What ours held beyond inputs and results, of the cases that bound it: one row for each bound."""
+    bounded: dict[int, list[int | None]] = {}
+    for case in cases:
+        if (most := case.get("most_temporary_bytes")) is not None:
+            bounded.setdefault(most, []).append(case["timings"][0]["temporary_bytes"])
+    for most, numbers in bounded.items():
+        known = [number for number in numbers if number is not None]
+        measured, met = _NOT_MEASURED, _NOT_MEASURED
+        if known:
+            measured = f"{max(known) / 2**20:.3g} MiB at most"
+            met = f"{sum(number <= most for number in known)} of {len(numbers)}"
+        yield ("temporary memory, any shape", "-", f"{most / 2**20:.3g} MiB", measured, met)
+
+
+def _outcome(ratios: Sequence[float], met: int, count: int) -> tuple[str, str]:
+    """Of `count` cases: those that could not be measured do not meet a target either."""
+    if not ratios:
+        return (_NOT_MEASURED, _NOT_MEASURED)
+    least, most = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    return (least if least == most else f"{least} to {most}", f"{met} of {count}")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> str:

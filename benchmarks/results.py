@@ -19,18 +19,11 @@ SCHEMA = 2
 _HEADER = ("", "p20 ms", "p50 ms", "p80 ms", "time / ours", "")
 
 
-def record(
-    measurements: Sequence[Measurement],
-    settings: Settings,
-    device: torch.device,
-    ceilings: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Everything that was measured, as a JSON object.
+def begin(settings: Settings, device: torch.device, ceilings: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object of a run, without a case as yet.
 
-    `ceilings` are those of `ceilings.measure`; `cases` is a list of {group, name, parameters, input_sets, clock,
-    bytes_moved, operations, required, most_temporary_bytes, timings}, a timing being {contender, status, reason,
-    is_yardstick, rounds, p20_ms, p50_ms, p80_ms, temporary_bytes, time_over_ours, target, meets_target} and the
-    first that of ours.
+    `ceilings` are those of `ceilings.measure`; `complete` becomes true at the end of a run of everything; `cases`
+    is to be a list of what `case_record` gives.
     """
     return {
         "schema": SCHEMA,
@@ -39,12 +32,19 @@ def record(
         "device": machine.describe(device),
         "versions": machine.versions(),
         "settings": asdict(settings),
+        "complete": False,
         "ceilings": dict(ceilings),
-        "cases": [_case(measurement) for measurement in measurements],
+        "cases": [],
     }
 
 
-def _case(measurement: Measurement) -> dict[str, Any]:
+def case_record(measurement: Measurement) -> dict[str, Any]:
+    """One case as a JSON object.
+
+    {group, name, parameters, input_sets, clock, bytes_moved, operations, required, most_temporary_bytes, timings},
+    a timing being {contender, status, reason, is_yardstick, rounds, p20_ms, p50_ms, p80_ms, temporary_bytes,
+    peak_bytes, time_over_ours, target, meets_target} and the first that of ours.
+    """
     case = measurement.case
     return {
         "group": case.group,
@@ -175,6 +175,8 @@ def _notes(
         yield from (f"{share:.0%} of {name}" for name, share in shares(case, ceilings).items())
     if tokens := case["parameters"].get("tokens"):
         yield f"{1e3 * tokens / timing['p50_ms']:,.0f} tokens/s"
+    if timing["peak_bytes"] is not None:
+        yield f"{timing['peak_bytes'] / 2**20:.0f} MiB with its weights"
     if timing["temporary_bytes"] is not None:
         most = case["most_temporary_bytes"] if is_ours else None
         yield f"{timing['temporary_bytes'] / 2**20:.1f} MiB temporary{_bound(timing, most)}"

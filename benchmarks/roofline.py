@@ -18,7 +18,11 @@ from benchmarks.figures import Bar, Row
 _MARKERS = "osD^vPX"
 _CEILING = "#555555"
 _WIDTH, _ROOF_INCHES = 14.0, 4.6
-_SUBTITLE = "lines: what was measured in the same run"
+_LABEL_ROOM = 1.25
+"""How many times as far right the next label must stand."""
+_SUBTITLE = """\
+lines: what was measured in the same run; m: tokens, written where there is room at the rightmost of our points with as many
+bytes are the fewest with NF4 weights, for every contender: one that moves more stands lower, not further left"""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Point:
     Attributes:
         x: operations per byte.
         y: TFLOP/s.
+        m: tokens, of ours alone.
     """
 
     dtype: str
@@ -35,6 +40,7 @@ class Point:
     contender: str
     x: float
     y: float
+    m: int | None = None
 
 
 def points(result: Mapping[str, Any]) -> list[Point]:
@@ -43,9 +49,10 @@ def points(result: Mapping[str, Any]) -> list[Point]:
         Point(
             case["parameters"]["dtype"],
             case["group"],
-            timing["contender"],
+            figures.label(timing),
             case["operations"] / case["bytes_moved"],
             case["operations"] / timing["p50_ms"] / 1e9,
+            case["parameters"].get("m") if timing is case["timings"][0] else None,
         )
         for case in result["cases"]
         if case["operations"] and case["bytes_moved"]
@@ -67,8 +74,8 @@ def conversions(result: Mapping[str, Any]) -> dict[str, list[Row]]:
 
 
 def _bar(timing: Mapping[str, Any], gb_per_s: float, ceiling: float | None) -> Bar:
-    text = _digits(gb_per_s) + (f", {gb_per_s / ceiling:.0%}" if ceiling else "")
-    return Bar(timing["contender"], gb_per_s, text)
+    text = figures.digits(gb_per_s) + (f", {gb_per_s / ceiling:.0%}" if ceiling else "")
+    return Bar(figures.label(timing), gb_per_s, text)
 
 
 def draw(
@@ -85,20 +92,33 @@ def draw(
     if converted:
         heights.append(0.7 + figures.BAR_INCHES * max(map(figures.height, converted.values())))
     markers = dict(zip(dict.fromkeys(point.group for point in multiplied), cycle(_MARKERS)))
-    with figures.figure(result, _SUBTITLE, path, _WIDTH, 1.2 + sum(heights)) as figure:
+    copy = _copy(result)
+    with figures.figure(result, _SUBTITLE, path, _WIDTH, 1.4 + sum(heights)) as figure:
         palette = figures.colors(result)
         figures.legend(figure, _shown(palette, multiplied, converted), markers)
         parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
         if dtypes:
             for axes, dtype in zip(_beside(parts[0], len(dtypes)), dtypes, strict=True):
                 chosen = [point for point in multiplied if point.dtype == dtype]
-                _draw_roof(axes, dtype, chosen, result["ceilings"])
-                _draw_points(axes, chosen, palette, markers)
+                unit = _unit(chosen)
+                title = _draw_roof(axes, chosen, result["ceilings"], copy, unit)
+                axes.set_title(title, loc="left", fontweight="bold")
+                _draw_points(axes, chosen, palette, markers, unit)
         if converted:
             for axes, group in zip(_beside(parts[-1], len(converted)), converted, strict=True):
                 figures.draw_bars(axes, converted[group], palette, origin=0.0)
-                _draw_copy(axes, group, result["ceilings"])
+                _draw_copy(axes, group, result["ceilings"].get("copy_gb_per_s"), copy)
     return path
+
+
+def _copy(result: Mapping[str, Any]) -> str:
+    """What the copy's line is called: a CPU copies quicker what its cache holds."""
+    return "copy" if result["device"]["type"] == "cuda" else "large copy (out of cache)"
+
+
+def _unit(chosen: Sequence[Point]) -> tuple[str, float]:
+    """Of operations per second, and how many of it a TFLOP/s is."""
+    return ("TFLOP/s", 1.0) if max(point.y for point in chosen) >= 1 else ("GFLOP/s", 1e3)
 
 
 def _shown(
@@ -114,37 +134,57 @@ def _beside(figure: Any, count: int) -> Sequence[Any]:
     return figure.subplots(1, count, squeeze=False)[0]
 
 
-def _draw_roof(axes: Any, dtype: str, chosen: Sequence[Point], ceilings: Mapping[str, Any]) -> None:
-    """The lower of two lines: bytes at the speed of a copy, operations at the speed of a product."""
+def _draw_roof(
+    axes: Any,
+    chosen: Sequence[Point],
+    ceilings: Mapping[str, Any],
+    copy_name: str,
+    unit: tuple[str, float],
+) -> str:
+    """The lower of two lines: bytes at the speed of a copy, operations at that of a product. Returns a title."""
+    dtype, (unit_name, factor) = chosen[0].dtype, unit
     copy = ceilings.get("copy_gb_per_s")
+    slope = copy and copy / 1e3 * factor
     product = ceilings.get("product_tflop_per_s", {}).get(dtype)
+    product = product and product * factor
     low, high = min(p.x for p in chosen) / 2, max(p.x for p in chosen) * 2
-    title = dtype
     line = {"color": _CEILING, "linewidth": 1.2}
     if copy and product:
-        ridge = 1e3 * product / copy
+        ridge = product / slope
         low, high = min(low, ridge / 2), max(high, ridge * 2)
-        axes.plot([low, ridge, high], [low * copy / 1e3, product, product], **line)
+        axes.plot([low, ridge, high], [low * slope, product, product], **line)
     elif copy:
-        axes.plot([low, high], [low * copy / 1e3, high * copy / 1e3], **line)
+        axes.plot([low, high], [low * slope, high * slope], **line)
     elif product:
         axes.plot([low, high], [product, product], **line)
-    if copy:
-        title += f", copy {_digits(copy)} GB/s"
-    if product:
-        title += f", dense product {_digits(product)} TFLOP/s"
-    axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlim(low, high)
+    title = dtype
+    if copy:
+        title += f", {copy_name} {figures.digits(copy)} GB/s"
+    if product:
+        title += f", dense product {figures.digits(product)} {unit_name}"
+    return title
 
 
 def _draw_points(
-    axes: Any, chosen: Sequence[Point], palette: Mapping[str, str], markers: Mapping[str, str]
+    axes: Any,
+    chosen: Sequence[Point],
+    palette: Mapping[str, str],
+    markers: Mapping[str, str],
+    unit: tuple[str, float],
 ) -> None:
     """Ours last, on top of the others."""
-    order = list(palette)
+    from matplotlib.patheffects import withStroke
+
+    order, (unit_name, factor) = list(palette), unit
     for point in sorted(chosen, key=lambda point: -order.index(point.contender)):
         style = {"color": palette[point.contender], "edgecolors": "white", "linewidths": 0.3}
-        axes.scatter(point.x, point.y, s=22, marker=markers[point.group], zorder=3, **style)
+        marker = markers[point.group]
+        axes.scatter(point.x, point.y * factor, s=22, marker=marker, zorder=3, **style)
+    for point in labelled(chosen):
+        place = {"xytext": (5, -3), "textcoords": "offset points", "fontsize": 6.5, "zorder": 4}
+        place["path_effects"] = [withStroke(linewidth=2, foreground="white")]  # over other points
+        axes.annotate(f"m = {point.m:,}", (point.x, point.y * factor), **place)
     axes.set_xscale("log")
     axes.set_yscale("log")
     figures.log_ticks(axes.xaxis)
@@ -152,18 +192,27 @@ def _draw_points(
     axes.grid(color="#e8e8e8", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel("operations per byte that must be moved")
-    axes.set_ylabel("TFLOP/s")
+    axes.set_ylabel(unit_name)
 
 
-def _draw_copy(axes: Any, group: str, ceilings: Mapping[str, Any]) -> None:
+def labelled(chosen: Sequence[Point]) -> list[Point]:
+    """The rightmost of our points for each number of tokens, but for those with another close at their right."""
+    rightmost: dict[int, Point] = {}
+    for point in chosen:
+        if point.m is not None:
+            rightmost[point.m] = max(point, rightmost.get(point.m, point), key=lambda one: one.x)
+    found: list[Point] = []
+    for point in sorted(rightmost.values(), key=lambda one: -one.x):
+        if not found or point.x * _LABEL_ROOM <= found[-1].x:
+            found.append(point)
+    return found
+
+
+def _draw_copy(axes: Any, group: str, gb_per_s: float | None, copy_name: str) -> None:
     title = group
-    if copy := ceilings.get("copy_gb_per_s"):
-        axes.axvline(copy, color=_CEILING, linewidth=1.2)
-        title += f", line: copy {_digits(copy)} GB/s"
+    if gb_per_s:
+        axes.axvline(gb_per_s, color=_CEILING, linewidth=1.2)
+        title += f", line: {copy_name} {figures.digits(gb_per_s)} GB/s"
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel("GB/s of the bytes that must be moved")
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, in thousands."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    figures.plain_numbers(axes.xaxis)

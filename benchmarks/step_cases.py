@@ -28,7 +28,7 @@ SEQUENCES, LENGTH = 4, 128
 LEARNING_RATE, MAX_GRAD_NORM = 2e-4, 0.3
 BATCHES = 4
 TARGETS = {DENSE: 1 / 1.35, PEFT_BITSANDBYTES: 1.0}
-"""Required: a step that misses one makes the run a failure."""
+"""On a CPU, and required there: a step that misses one makes the run a failure."""
 
 _SMOLLM2 = {
     "vocab_size": 49152,
@@ -79,8 +79,8 @@ def _step_case(device: torch.device, dtype: torch.dtype, rank: int, quick: bool)
             ),
         ),
         # The criterion is about the whole model: in a few layers the output embedding weighs too much.
-        targets={} if quick else TARGETS,
-        required=True,
+        targets={} if quick or device.type != "cpu" else TARGETS,
+        required=device.type == "cpu",
         device=device,
     )
 

@@ -22,6 +22,7 @@ def timing(contender: str, p50_ms: float | None, ours_ms: float = 10.0, **more: 
         "target": None,
         "meets_target": None if target is None or ratio is None else ratio >= target,
         "temporary_bytes": None,
+        "peak_bytes": None,
     } | more
 
 
@@ -34,6 +35,8 @@ def case(group: str, name: str, *timings: dict, **more: Any) -> dict[str, Any]:
         "clock": "eager",
         "bytes_moved": None,
         "operations": None,
+        "required": False,
+        "most_temporary_bytes": None,
         "timings": list(timings),
     } | more
 
@@ -44,6 +47,7 @@ def result(*cases: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
         "schema": results.SCHEMA,
         "date": "2026-01-02",
         "commit": "0123456789ab",
+        "complete": True,
         "device": {"type": "cpu", "name": "A CPU", "threads": 2}
         if device == "cpu"
         else {"type": "cuda", "name": "A GPU", "power_limit_w": 700.0},
@@ -78,6 +82,7 @@ def multiplies() -> dict[str, Any]:
         timing("dense products alone", 8.0, is_yardstick=True),
         bytes_moved=20_000_000,
         operations=800_000_000,
+        parameters={"dtype": "float32", "m": 512},
     )
 
 

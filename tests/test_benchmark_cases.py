@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,9 @@ from benchmarks import (
     step_cases,
     suite,
 )
-from benchmarks.harness import Case, Settings, Timing, measure
+from benchmarks.harness import Case, Settings, Timing, _spoil, measure
 from benchmarks.inputs import Inputs, Variant
+from benchmarks.models import adapters
 from qlora.kernels import formats
 
 CPU = torch.device("cpu")
@@ -29,6 +31,12 @@ QUICKLY = Settings(seconds=0.0, min_rounds=1, max_rounds=1)
 DTYPES = [torch.float32, torch.bfloat16]
 TINY = (256, 128)
 """The smallest that torchao takes: 256 blocks, which its scales of scales need, and twice as many."""
+GPU_CLOCKS = {
+    "quantize": ("eager", "graph"),  # with the check for NaN, and without
+    **dict.fromkeys(("dequantize", "forward", "layer", "crossover"), ("graph",)),
+    "launch": ("host",),
+    **dict.fromkeys(("decoder", "step"), ("eager",)),
+}
 
 
 @pytest.fixture
@@ -54,7 +62,7 @@ def test_all_kernel_cases_run(
     monkeypatch.setattr(program, "useful_dtypes", lambda device: DTYPES)
     path = tmp_path / "result.json"
     groups = "quantize,dequantize,forward,layer"
-    arguments = ["--device", "cpu", "--quick", "--seconds", "0", "--only", groups]
+    arguments = ["--device", "cpu", "--quick", "--seconds", "0.001", "--only", groups]
     assert program.main([*arguments, "--output", str(path)]) == 0
     result = results.read(path)
     assert result["ceilings"].keys() == {"copy_gb_per_s", "product_tflop_per_s"}
@@ -151,19 +159,83 @@ def test_the_gpu_has_the_cases_that_are_aimed_at() -> None:
     cases = [*kernel_cases.kernel_cases(device, [torch.bfloat16], False)]
     cases += layer_cases.layer_cases(device, [torch.bfloat16], False)
     cases += decoder_cases.decoder_cases(device, [torch.bfloat16], False)
-    assert {case.group for case in cases} == set(suite.GROUPS) - {"step"}
+    cases += step_cases.step_cases(device, [torch.bfloat16], False)
+    assert {case.group for case in cases} == set(suite.GROUPS)
     for case in cases:
         assert set(case.targets) <= {contender.name for contender in case.contenders}
-        assert case.targets or case.group == "launch"
-        clock = {"forward": "graph", "launch": "host"}.get(case.group, "eager")
-        assert case.clock == clock, case.name
+        assert bool(case.targets) is (case.group not in ("launch", "crossover", "step")), case.name
+        assert case.clock in GPU_CLOCKS[case.group], case.name
+        assert case.draws is bool(case.parameters.get("dropout"))
         assert not case.required
+    assert len({(case.group, case.name) for case in cases}) == len(cases)
     decoded = [c for c in cases if c.group == "forward" and c.parameters["m"] == 1]
     assert {(c.parameters["n"], c.parameters["k"]) for c in decoded} == {
         *((4096, 4096), (11008, 4096), (8192, 8192), (28672, 8192))
     }
-    assert all(case.targets["dense"] == 3.2 for case in decoded)
-    assert len(cases) <= 36  # the time of a whole run
+    assert len(cases) <= 48  # the time of a whole run
+
+
+def test_the_targets_on_a_gpu() -> None:
+    """As the project has set them; a run that is to count may not aim lower."""
+    device = torch.device("cuda")
+    aims: dict[str, dict[str, float]] = {}
+    for case in suite.all_cases(device, [torch.bfloat16], list(suite.GROUPS), False):
+        if case.targets:
+            key = f"{case.group} {case.parameters['m']}" if "m" in case.parameters else case.group
+            aims[key] = aims.get(key, {}) | case.targets
+            if "m" in case.parameters and case.group in ("forward", "layer"):
+                assert aims[key] == case.targets
+    few = {"dense": 2.5, "bitsandbytes": 1.3}
+    more = {"dense": pytest.approx(1 / 1.05), "bitsandbytes": 1.0}
+    training = {
+        "LoRA over dense, by hand": 0.90,
+        "PEFT over bitsandbytes": 1.25,
+        "dequantize + addmm": 1.1,
+    }
+    assert aims == {
+        "quantize 1": {"copy of as many bytes": 0.80, "bitsandbytes": 2.0},
+        "dequantize 1": {"copy of as many bytes": 0.90, "bitsandbytes": 1.3},
+        "forward 1": {"dense": 3.2, "copy of as many bytes": 0.75, "bitsandbytes": 1.3},
+        **{f"forward {m}": few for m in (2, 4, 16)},
+        **{f"forward {m}": more for m in (32, 128, 512)},
+        **{f"layer {m}": training for m in (2048, 8192, 16384)},
+        "decoder": {"PEFT over bitsandbytes NF4+DQ": 1.3},
+    }
+    assert kernel_cases.MOST_TEMPORARY_BYTES == 64 * 2**20
+
+
+def test_the_kernels_between_which_the_tokens_decide() -> None:
+    variant = Variant(CPU, torch.bfloat16, *TINY, quick=True)
+    for names in sorted(set(kernel_cases.CROSSOVERS.values())):
+        timings = timings_of(kernel_cases._crossover_case(variant, 8, names))
+        assert [timing.contender for timing in timings] == ["qlora", *names]
+
+
+def test_quantizing_on_the_device_alone() -> None:
+    """The same parts as the public call's, as tensors that a graph can write anew."""
+    variant = Variant(CPU, torch.float32, *TINY, quick=True)
+    case = kernel_cases._quantize_on_device_case(variant, {})
+    timings_of(case)
+    one = case.inputs(0)
+    ours = case.contenders[0]
+    parts = ours.prepare(one)()
+    q = one.quantized
+    for part, expected in zip(
+        parts, (q.packed, q.absmax, q.nested_absmax, q.nested_offset), strict=True
+    ):
+        assert torch.equal(part, expected)
+    for tensor in parts:
+        _spoil(tensor)
+    with pytest.raises(AssertionError, match="error"):
+        ours.check(one, parts)
+
+
+def test_a_peak_counts_the_model_that_is_trained() -> None:
+    (case,) = decoder_cases.decoder_cases(CPU, [torch.float32], quick=True)
+    one = case.inputs(0)
+    for contender in case.contenders:
+        if all(find_spec(package) for package in contender.requires):
+            assert adapters(contender.model(one)).keys() == adapters(one.ours).keys()
 
 
 def test_quick_cases_have_no_targets() -> None:
@@ -190,6 +262,10 @@ def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = ceilings.measure(CPU, [torch.float32], quick=True)
     assert measured["copy_gb_per_s"] == pytest.approx(2 * 32 * 2**20 / 0.5 / 1e9)
     assert measured["product_tflop_per_s"] == {"float32": pytest.approx(2 * 512**3 / 0.5 / 1e12)}
+    times = iter([0.5] * 8 + [0.25] * 8 + [0.5] * 8)
+    monkeypatch.setattr(ceilings, "clock_for", lambda device: lambda call: next(times))
+    measured = ceilings.measure(CPU, [torch.float32], quick=True)
+    assert measured["copy_gb_per_s"] == pytest.approx(2 * 32 * 2**20 / 0.25 / 1e9)
 
 
 # --- Models -----------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import readme, results
+from benchmarks.harness import Settings
 from tests.stored import case, converts, multiplies, result, timing
 
 
@@ -21,6 +23,14 @@ def test_readme_says_what_is_stored() -> None:
     """Else run `python -m benchmarks readme`."""
     text = readme.README.read_text(encoding="utf-8")
     assert readme.updated(text, readme.section(readme.stored())) == text
+
+
+def test_what_the_tests_read_is_laid_out_as_what_is_stored() -> None:
+    assert result().keys() == results.begin(Settings(), torch.device("cpu"), {}).keys()
+    for recorded in readme.unmeasured():
+        assert converts().keys() == recorded.keys()
+        for one in recorded["timings"]:
+            assert timing("a", 1.0).keys() == one.keys()
 
 
 def test_a_row_has_ratios_targets_and_the_ceiling() -> None:
@@ -55,7 +65,7 @@ def test_what_went_wrong_is_said() -> None:
         timing("torchao", None, status="not installed", target=1.3),
         timing("PEFT", None, status="not installed"),
     )
-    assert cells(readme.section({"a": result(bad)}), "forward")[1:] == [
+    assert cells(readme.section({"a": result(bad)}), "forward: 8 x 8")[1:] == [
         "**wrong**",
         "bitsandbytes failed (≥ 1.3), torchao not installed (≥ 1.3)",
         "-",
@@ -66,19 +76,71 @@ def test_without_a_gpu_every_target_is_not_measured() -> None:
     for found in ({}, {"a-cpu": result()}):
         text = readme.section(found)
         assert "no CUDA device has been measured" in text
-        rows = [line for line in text.splitlines() if line.endswith("| not measured |")]
-        assert len(rows) == len(readme.CUDA_TARGETS)
+        rows = [line for line in text.splitlines() if "| not measured | not measured |" in line]
+        assert len(rows) >= 15
+        for start, target in {
+            "forward, 1 token | dense": "3.2",
+            "forward, 2 to 16 tokens | dense": "2.5",
+            "decoder, 8192 tokens | PEFT over bitsandbytes": "1.3",
+            "decoder, peak memory | PEFT over bitsandbytes": "1",
+            "temporary memory, any shape | -": "64 MiB",
+        }.items():
+            assert cells(text, start)[2:] == [target, "not measured", "not measured"]
         assert "nan" not in text
 
 
 def test_with_a_gpu_its_own_targets_stand_there() -> None:
-    fast, slow = converts(), multiplies()
-    fast["timings"][0]["temporary_bytes"], slow["timings"][0]["temporary_bytes"] = 1, 65 * 10**6
-    text = readme.section({"a-gpu": result(fast, converts(), slow, device="cuda")})
+    text = readme.section({"a-gpu": result(converts(), converts(), multiplies(), device="cuda")})
     assert "not measured" not in text
-    assert cells(text, "dequantize | bitsandbytes")[2:] == ["1.3", "1.50 to 1.50", "2 of 2"]
-    assert cells(text, "dequantize | copy")[2:] == ["0.9", "0.25 to 0.25", "0 of 2"]
-    assert cells(text, "all | temporary")[2:] == ["64 MB", "65 MB at most", "1 of 2"]
+    assert cells(text, "dequantize | bitsandbytes")[2:] == ["1.3", "1.50", "2 of 2"]
+    assert cells(text, "dequantize | copy")[2:] == ["0.9", "0.25", "0 of 2"]
+    assert cells(text, "layer, 512 tokens | PEFT")[2:] == ["1", "0.90", "0 of 1"]
+    assert "memory, " not in text
+
+
+def test_cases_that_aim_at_the_same_share_a_row() -> None:
+    def decode(m: int, peer_ms: float | None, target: float) -> dict:
+        status = "failed" if peer_ms is None else "timed"
+        peer = timing("dense", peer_ms, 1.0, target=target, status=status)
+        ours = timing("qlora", 1.0, 1.0)
+        return case("forward", str(m), ours, peer, parameters={"dtype": "bfloat16", "m": m})
+
+    cases = [decode(1, 3.0, 3.2), decode(2, 2.6, 2.5), decode(4, 2.0, 2.5), decode(16, None, 2.5)]
+    text = readme.section({"a-gpu": result(*cases, device="cuda")})
+    assert cells(text, "forward, 1 token | dense")[2:] == ["3.2", "3.00", "0 of 1"]
+    # The one that failed counts among those that do not meet it.
+    assert cells(text, "forward, 2 to 16 tokens | dense")[2:] == ["2.5", "2.00 to 2.60", "1 of 3"]
+
+
+def test_only_cases_that_bound_temporary_memory_count() -> None:
+    most = 64 * 2**20
+    small, large, free = (multiplies() | {"most_temporary_bytes": n} for n in (most, most, None))
+    for one, held in ((small, most), (large, most + 2**20), (free, 2**40)):
+        one["timings"][0]["temporary_bytes"] = held
+    text = readme.section({"a-gpu": result(small, large, free, device="cuda")})
+    assert cells(text, "temporary memory")[2:] == ["64 MiB", "65 MiB at most", "1 of 2"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "outcome"),
+    [
+        (4 * 10**9, 5 * 10**9, ["1.25", "1 of 1"]),
+        (4 * 10**9, 2 * 10**9, ["0.50", "0 of 1"]),
+        (None, 5 * 10**9, ["not measured", "not measured"]),
+    ],
+)
+def test_a_decoder_layer_is_held_to_the_memory_of_its_peer(
+    ours: int | None, theirs: int, outcome: list[str]
+) -> None:
+    layer = case(
+        "decoder",
+        "a layer",
+        timing("qlora", 10.0, peak_bytes=ours),
+        timing("PEFT over bitsandbytes", 15.0, target=1.3, peak_bytes=theirs),
+        timing("PEFT over dense", 15.0, peak_bytes=1),
+    )
+    text = readme.section({"a-gpu": result(layer, device="cuda")})
+    assert cells(text, "decoder, peak memory")[1:] == ["PEFT over bitsandbytes", "1", *outcome]
 
 
 def test_a_target_against_a_peer_that_is_missing_is_not_measured() -> None:
@@ -103,11 +165,12 @@ def test_times(milliseconds: float, words: str) -> None:
 # --- Files ------------------------------------------------------------------------------------------
 
 
-def test_quick_runs_and_older_layouts_are_left_out(
+def test_partial_runs_and_older_layouts_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "b.json").write_text(json.dumps(result()), encoding="utf-8")
-    (tmp_path / "a-quick.json").write_text(json.dumps(result()), encoding="utf-8")
+    partial = result() | {"complete": False}
+    (tmp_path / "b-layer.json").write_text(json.dumps(partial), encoding="utf-8")
     (tmp_path / "old.json").write_text('{"schema": 0}', encoding="utf-8")
     assert readme.stored(tmp_path) == {"b": result()}
     assert f"old.json: schema must be {results.SCHEMA}; got 0" in capsys.readouterr().err

@@ -1,11 +1,11 @@
-"""The benchmarks: what is timed and what is refused, the statistics, the files, and the command line."""
+"""The benchmarks: what is timed and what is refused, the statistics, and the files."""
 
 from __future__ import annotations
 
 import json
 import platform
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import __main__ as program
-from benchmarks import machine, results, suite
+from benchmarks import machine, results
 from benchmarks.harness import Case, Contender, Measurement, Settings, Timing, measure, percentile
+from tests import stored
 
 CPU = torch.device("cpu")
 QUICKLY = Settings(seconds=0.0, min_rounds=1, max_rounds=1)
@@ -76,7 +76,8 @@ def scripted(
 
 
 def record(*measured: Measurement, **ceilings: Any) -> dict[str, Any]:
-    return results.record(measured, QUICKLY, CPU, ceilings)
+    result = results.begin(QUICKLY, CPU, ceilings)
+    return result | {"cases": [results.case_record(one) for one in measured]}
 
 
 # --- What is refused --------------------------------------------------------------------------------
@@ -114,6 +115,46 @@ def test_a_yardstick_is_timed_unchecked() -> None:
     measured = measure(doubling(contender("ours", doubled()), less), QUICKLY, lambda call: 1.0)
     assert measured.timings[1].status == "timed"
     assert measured.timings[1].is_yardstick
+
+
+def test_who_fails_in_a_round_is_listed_and_the_others_go_on() -> None:
+    def breaks_later(x: Tensor) -> Callable[[], Tensor]:
+        left = iter(range(3))  # one to be checked, one to warm up, one round
+
+        def call() -> Tensor:
+            if next(left, None) is None:
+                raise RuntimeError("out of memory\nand so on")
+            return 2 * x
+
+        return call
+
+    case = doubling(contender("ours", doubled()), contender("breaks", breaks_later))
+    settings = Settings(seconds=100.0, min_rounds=4, max_rounds=4)
+    ours, broken = measure(case, settings).timings
+    assert (ours.status, ours.rounds) == ("timed", 4)
+    assert (broken.status, broken.reason) == ("failed", "RuntimeError: out of memory")
+    assert (broken.rounds, broken.p50_ms) == (0, None)
+
+
+def test_a_case_without_inputs_failed() -> None:
+    case = replace(doubling(contender("ours", doubled())), inputs=no_inputs)
+    (ours,) = measure(case, QUICKLY).timings
+    assert (ours.status, ours.reason) == ("failed", "inputs: MemoryError: too large")
+
+
+def no_inputs(seed: int) -> Tensor:
+    raise MemoryError("too large")
+
+
+def test_autograd_is_on_where_gradients_are_asked_for() -> None:
+    for gradients in (True, False):
+        seen: set[bool] = set()
+
+        def prepare(x: Tensor, seen: set[bool] = seen) -> Callable[[], Tensor]:
+            return lambda: (seen.add(torch.is_grad_enabled()), 2 * x)[1]
+
+        measure(doubling(contender("ours", prepare), gradients=gradients), QUICKLY)
+        assert seen == {gradients}
 
 
 def test_ours_wrong_is_a_failure_and_the_others_are_timed() -> None:
@@ -226,50 +267,14 @@ def test_tokens_and_memory_are_in_the_table() -> None:
     case["parameters"]["tokens"] = 8192
     for timing in case["timings"]:
         timing["temporary_bytes"] = 65 * 2**20
+        timing["peak_bytes"] = 300 * 2**20
     ours, peer = results.table(result).splitlines()[4:6]
-    assert ours.endswith("4,096 tokens/s, 65.0 MiB temporary (at most 64: missed)")
-    assert peer.endswith("2,048 tokens/s, 65.0 MiB temporary")
+    held = "300 MiB with its weights, 65.0 MiB temporary"
+    assert ours.endswith(f"4,096 tokens/s, {held} (at most 64: missed)")
+    assert peer.endswith(f"2,048 tokens/s, {held}")
 
 
 # --- Files ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def result() -> dict[str, Any]:
-    """A fixed result, as it comes out of a file."""
-
-    def timing(name: str, ratio: float | None, **more: Any) -> dict[str, Any]:
-        p50 = None if ratio is None else 10 * ratio
-        times = {"p20_ms": p50, "p50_ms": p50, "p80_ms": p50, "time_over_ours": ratio, "rounds": 9}
-        verdict = {"target": None, "meets_target": None, "temporary_bytes": None}
-        times |= {"is_yardstick": False, "reason": ""}
-        return {"contender": name, "status": "timed", **times, **verdict, **more}
-
-    missing = {"status": "not installed", "reason": "peft"}
-    case = {
-        "group": "dequantize",
-        "name": "1536 x 576, float32",
-        "parameters": {"n": 1536, "k": 576},
-        "input_sets": 8,
-        "clock": "graph",
-        "bytes_moved": None,
-        "operations": None,
-        "required": False,
-        "most_temporary_bytes": None,
-        "timings": [
-            timing("qlora", 1.0),
-            timing("bitsandbytes", 2.0),
-            timing("copy", 0.5, is_yardstick=True),
-            timing("PEFT", None, **missing),
-        ],
-    }
-    return {
-        "schema": results.SCHEMA,
-        "commit": "0123456789ab",
-        "device": {"type": "cpu", "name": "A CPU", "threads": 2},
-        "ceilings": {},
-        "cases": [case],
-    }
 
 
 def test_the_record_is_json_and_tells_no_machine_from_another() -> None:
@@ -279,7 +284,8 @@ def test_the_record_is_json_and_tells_no_machine_from_another() -> None:
     assert json.loads(text) == result
     assert platform.node() not in text
     assert result.keys() == {
-        *("schema", "date", "commit", "device", "versions", "settings", "ceilings", "cases")
+        *("schema", "date", "commit", "device", "versions", "settings", "ceilings", "cases"),
+        "complete",
     }
     assert result["schema"] == 2
     assert result["ceilings"] == {"copy_gb_per_s": 8.0}
@@ -300,6 +306,7 @@ def test_the_record_is_json_and_tells_no_machine_from_another() -> None:
         **dict.fromkeys(("p20_ms", "p50_ms", "p80_ms"), 2000.0),
         "time_over_ours": 2.0,
         "temporary_bytes": None,
+        "peak_bytes": None,
         "target": 1.3,
         "meets_target": True,
     }
@@ -317,8 +324,15 @@ def test_a_file_of_another_layout_is_refused(tmp_path: Path) -> None:
         results.read(path)
 
 
-def test_the_table_is_aligned(result: dict[str, Any]) -> None:
-    lines = results.table(result).splitlines()
+def test_the_table_is_aligned() -> None:
+    timings = (
+        stored.timing("qlora", 10.0),
+        stored.timing("bitsandbytes", 20.0),
+        stored.timing("copy", 5.0, is_yardstick=True),
+        stored.timing("PEFT", None, status="not installed", reason="peft"),
+    )
+    case = stored.case("dequantize", "1536 x 576, float32", *timings, clock="graph")
+    lines = results.table(stored.result(case) | {"ceilings": {}}).splitlines()
     assert lines[1] == "ceilings: not measured"
     assert lines[3] == "dequantize: 1536 x 576, float32, CUDA graph"
     assert lines[5].split() == ["bitsandbytes", "20.00", "20.00", "20.00", "2.00"]
@@ -326,41 +340,3 @@ def test_the_table_is_aligned(result: dict[str, Any]) -> None:
     assert lines[7].endswith("not installed (peft)")
     assert len({line.index("20.00") for line in lines if "20.00" in line}) == 1
     assert lines[5].index("2.00", 40) + 4 == lines[0].index("time / ours") + len("time / ours")
-
-
-# --- The command line -------------------------------------------------------------------------------
-
-
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        program.main(["--help"])
-    text = capsys.readouterr().out
-    for word in (*suite.GROUPS, "--only step", "--quick", "static", "plot", "exit status"):
-        assert word in text
-
-
-def test_an_unknown_group_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        program.main(["--only", "step,walk"])
-    assert "got walk" in capsys.readouterr().err
-
-
-def test_static_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Static:
-        main = staticmethod(lambda argv: argv)
-
-    monkeypatch.setitem(sys.modules, "benchmarks.static", Static)
-    monkeypatch.setattr("benchmarks.static", Static, raising=False)
-    assert program.main(["static", "--json"]) == ["--json"]
-
-
-def test_readme_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import readme
-
-    monkeypatch.setattr(readme, "main", lambda argv: argv)
-    assert program.main(["readme", "--check"]) == ["--check"]
-
-
-def test_a_group_without_cases_here_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert program.main(["--device", "cpu", "--quick", "--only", "launch"]) == 2
-    assert "no case of launch runs on cpu" in capsys.readouterr().err

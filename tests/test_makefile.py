@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -38,7 +39,7 @@ def test_without_a_gpu_make_gpu_says_so_and_runs_nothing() -> None:
     assert result.stdout == ""
 
 
-def test_gpu_tests_and_benchmarks_load_without_what_a_gpu_machine_may_lack(tmp_path: Path) -> None:
+def test_gpu_tests_and_benchmarks_run_without_what_a_gpu_machine_may_lack(tmp_path: Path) -> None:
     """A module that is None in `sys.modules` cannot be imported."""
     block = f"import sys\nsys.modules.update(dict.fromkeys({MAY_LACK}))\n"
     (tmp_path / "block_packages.py").write_text(block, encoding="utf-8")
@@ -49,6 +50,22 @@ def test_gpu_tests_and_benchmarks_load_without_what_a_gpu_machine_may_lack(tmp_p
     )
     assert tests.returncode == 0, tests.stdout[-2000:]
     assert "test_gpu.py" in tests.stdout
-    program = "import block_packages, runpy; runpy.run_module('benchmarks')"
-    benchmarks = run(sys.executable, "-c", program, **environment)
+    program = "import block_packages, sys; from benchmarks.__main__ import main; sys.exit(main())"
+    path = tmp_path / "result.json"
+    options = ("--device", "cpu", "--quick", "--only", "decoder", "--seconds", "0.001")
+    benchmarks = run(sys.executable, "-c", program, *options, "--output", str(path), **environment)
     assert benchmarks.returncode == 0, benchmarks.stderr[-2000:]
+    timings = json.loads(path.read_text(encoding="utf-8"))["cases"][0]["timings"]
+    assert [timing["status"] for timing in timings[:2]] == ["timed", "not installed"]
+
+
+def test_make_gpu_times_what_it_can_though_a_test_failed(tmp_path: Path) -> None:
+    """Python is stood in for by a script that has a GPU, and fails where it is told to."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$*"\ncase "$*" in *"$FAILS"*) exit 3;; esac\n')
+    python.chmod(0o755)
+    for fails, status in (("-m pytest", 2), ("-m benchmarks", 2), ("nothing", 0)):
+        result = run("make", "gpu", f"PYTHON={python}", FAILS=fails)
+        assert result.returncode == status
+        assert result.stdout.splitlines()[-1].endswith("-m benchmarks")
+        assert "-m pytest -m gpu -q" in result.stdout
