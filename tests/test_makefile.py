@@ -14,10 +14,12 @@ MAY_LACK = ("bitsandbytes", "torchao", "gguf", "ruff")
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as from a shell: a `make` that runs these tests would have its own say in one that they run."""
+    outer = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"}
     return subprocess.run(
         command,
         cwd=ROOT,
-        env=os.environ | environment,
+        env={k: v for k, v in os.environ.items() if k not in outer} | environment,
         capture_output=True,
         text=True,
         check=False,
