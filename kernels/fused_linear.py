@@ -20,36 +20,7 @@ from torch import Tensor
 from qlora.kernels import tuning
 from qlora.kernels.decode import load_weight_tile, scale_width, weight_arguments
 from qlora.kernels.dropout import dropout_arguments, dropout_key, keep_mask
-from qlora.kernels.primitives import dot, round_to, to_float32
-
-
-@triton.jit
-def _low_rank_tile(
-    factor_ptrs,
-    stride_factor,
-    factor_mask,
-    h_ptrs,
-    stride_h,
-    token_mask,
-    r,
-    ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """factor h^T in fp32: rows of [*, r] at factor_ptrs [ROWS, 1] and tokens at h_ptrs [1, BLOCK_M]."""
-    acc = tl.zeros((ROWS, BLOCK_M), tl.float32)
-    for start in range(0, r, BLOCK_R):
-        rank = start + tl.arange(0, BLOCK_R)
-        factor = tl.load(
-            factor_ptrs + rank[None, :] * stride_factor,
-            mask=factor_mask & (rank[None, :] < r),
-            other=0.0,
-        )
-        h = tl.load(
-            h_ptrs + rank[:, None] * stride_h, mask=token_mask & (rank[:, None] < r), other=0.0
-        )
-        acc = dot(factor, h, acc)
-    return acc
+from qlora.kernels.primitives import dot, low_rank_tile, round_to, to_float32
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -95,7 +66,7 @@ def _qlora_forward_kernel(
     row = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     token_mask, row_mask = (token < m)[None, :], row < n
 
-    acc = _low_rank_tile(
+    acc = low_rank_tile(
         lora_b_ptr + row[:, None] * stride_bn,
         stride_br,
         row_mask[:, None],
@@ -242,7 +213,7 @@ def _qlora_grad_x_kernel(
     column = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     token_mask, column_mask = (token < m)[None, :], (column < k)[:, None]
 
-    acc = _low_rank_tile(
+    acc = low_rank_tile(
         lora_a_ptr + column[:, None] * stride_ak,
         stride_ar,
         column_mask,

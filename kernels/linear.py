@@ -11,6 +11,8 @@ Held to `reference.qlora_forward` and `reference.qlora_grad_x` by the tolerance 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,10 +45,7 @@ def qlora_forward(
     if not tuning.can_fuse(k, x.dtype):
         y = F.linear(x, dequantize_4bit(*weight, *kind, [n, k], x.dtype), bias)
         return y.addmm_(h, lora_b.mT, alpha=scaling), h
-    if few_tokens.fits(x, packed, blocksize):
-        kernel = few_tokens
-    else:
-        kernel = many_tokens if m >= tuning.MANY_TOKENS else fused_linear
+    kernel = few_tokens if few_tokens.fits(x, packed, blocksize) else _by_tokens(m)
     return kernel.forward(x, *weight, bias, h, lora_b, scaling, *kind), h
 
 
@@ -69,10 +68,13 @@ def qlora_grad_x(
     (m, n), k = grad_y.shape, lora_a.shape[1]
     weight, kind = (packed, absmax, nested_absmax, nested_offset), (format, blocksize, scale_format)
     if tuning.can_fuse(k, grad_y.dtype):
-        kernel = many_tokens if m >= tuning.MANY_TOKENS else fused_linear
-        return kernel.grad_x(grad_y, g, *weight, lora_a, rng, scaling, dropout, *kind)
+        return _by_tokens(m).grad_x(grad_y, g, *weight, lora_a, rng, scaling, dropout, *kind)
     grad_x = grad_y @ dequantize_4bit(*weight, *kind, [n, k], g.dtype)
     if rng is None:
         return grad_x.addmm_(g, lora_a, alpha=scaling)
     keep = reference.dropout_mask(rng, m, k, dropout)
     return grad_x.add_(torch.where(keep, g @ lora_a, 0), alpha=scaling / (1 - dropout))
+
+
+def _by_tokens(m: int) -> ModuleType:
+    return many_tokens if m >= tuning.MANY_TOKENS else fused_linear

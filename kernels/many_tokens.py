@@ -24,7 +24,7 @@ from torch import Tensor
 from qlora.kernels import tuning
 from qlora.kernels.decode import load_weight_tile, scale_width, weight_arguments
 from qlora.kernels.dropout import dropout_arguments, dropout_key, keep_mask
-from qlora.kernels.primitives import dot, round_to, to_float32
+from qlora.kernels.primitives import low_rank_tile, round_to, to_float32
 
 
 @triton.jit
@@ -112,22 +112,18 @@ def _adapter_kernel(
     token = (tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     column = tl.program_id(0) % tiles * BLOCK_W + tl.arange(0, BLOCK_W)
     token_mask, column_mask = (token < m)[:, None], (column < width)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
-    for start in range(0, r, BLOCK_R):
-        rank = start + tl.arange(0, BLOCK_R)
-        left = tl.load(
-            left_ptr + token[:, None] * stride_lm + rank[None, :] * stride_lr,
-            mask=token_mask & (rank < r)[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            right_ptr
-            + rank[:, None].to(tl.int64) * stride_rr
-            + column[None, :].to(tl.int64) * stride_rw,
-            mask=(rank < r)[:, None] & column_mask,
-            other=0.0,
-        )
-        acc = dot(left, right, acc)
+    acc = low_rank_tile(
+        left_ptr + token[:, None] * stride_lm,
+        stride_lr,
+        token_mask,
+        right_ptr + column[None, :].to(tl.int64) * stride_rw,
+        stride_rr,
+        column_mask,
+        r,
+        BLOCK_M,
+        BLOCK_W,
+        BLOCK_R,
+    )
     acc *= scaling
     if rng_ptr is not None:
         key = dropout_key(rng_ptr)

@@ -41,6 +41,39 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def low_rank_tile(
+    left_ptrs,
+    stride_left,
+    left_mask,
+    right_ptrs,
+    stride_right,
+    right_mask,
+    r,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A product over the rank in fp32 [ROWS, COLUMNS]: rows of [*, r] at left_ptrs [ROWS, 1], columns of [r, *]
+    at right_ptrs [1, COLUMNS]; the strides are those along the rank.
+    """
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, r, BLOCK_R):
+        rank = start + tl.arange(0, BLOCK_R)
+        left = tl.load(
+            left_ptrs + rank[None, :] * stride_left,
+            mask=left_mask & (rank[None, :] < r),
+            other=0.0,
+        )
+        right = tl.load(
+            right_ptrs + rank[:, None] * stride_right,
+            mask=right_mask & (rank[:, None] < r),
+            other=0.0,
+        )
+        acc = dot(left, right, acc)
+    return acc
+
+
+@triton.jit
 def elements_left(total, tile, SIZE: tl.constexpr):
     """How many of the SIZE elements of tile number `tile`, an int64, lie within the first `total`: int32.
 
