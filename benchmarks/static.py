@@ -27,7 +27,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.static_cases import Case, cases
-from qlora.kernels import few_tokens
+from qlora.kernels import few_tokens, formats
 
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Shared memory that one block may use."""
@@ -225,6 +225,8 @@ def _weights(constants: dict[str, Any]) -> int:
     if "ROW_GROUPS" in constants:  # `few_tokens`
         rows = 8 * constants["ROW_GROUPS"]
         return rows * constants["TILES"] * few_tokens.TILE_K * constants["WARPS"]
+    if "STOCHASTIC" in constants:  # `adamw`: elements of a parameter
+        return formats.STATE_TILE
     return constants.get("TILE") or constants.get("BLOCK_N", 0) * constants.get("BLOCK_K", 0)
 
 

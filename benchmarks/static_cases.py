@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from qlora.kernels import double_quant, formats, linear, lora, nf4
+from qlora.kernels import adamw, double_quant, formats, linear, lora, nf4
 
 N, K, RANK = 11008, 4096, 64
 """Out and in features of a LLaMA-7B layer, and the paper's rank."""
@@ -43,6 +43,7 @@ def cases(every: bool = False) -> list[Case]:
             _adapter(torch.float16, 0.0),
             _forward(torch.float32, 512),
             _grad_x(torch.float32, 512, 0.05),
+            *(_adamw(dtype, bits) for dtype in (torch.float32, torch.bfloat16) for bits in (32, 8)),
         ]
     found: list[Case] = []
     for dtype in DTYPE_NAMES:
@@ -55,6 +56,7 @@ def cases(every: bool = False) -> list[Case]:
             found += [_grad_x(dtype, m, dropout, nested=nested) for dropout in (0.0, 0.05)]
         for rank, dropout in product((8, RANK, 256), (0.0, 0.05)):
             found.append(_adapter(dtype, dropout, rank=rank))
+        found += [_adamw(dtype, bits) for bits in (32, 8)]
         for rank in (8, 256):
             found += [_forward(dtype, 4096, rank=rank), _grad_x(dtype, 4096, 0.05, rank=rank)]
     return found
@@ -162,3 +164,21 @@ def _adapter(dtype: torch.dtype, dropout: float, rank: int = RANK) -> Case:
         lora.lora_grad(grad_y, h, None, 0.25, 0.0)
 
     return Case(f"{DTYPE_NAMES[dtype]} r={rank} dropout={dropout}", call)
+
+
+def _adamw(dtype: torch.dtype, bits: int, rank: int = RANK) -> Case:
+    """A step for the two factors of an adapter; bf16 is rounded stochastically."""
+
+    def call() -> None:
+        shapes = [(rank, K), (N, rank)]
+        params = [_empty(*shape, dtype=dtype) for shape in shapes]
+        grads = [_empty(*shape, dtype=dtype) for shape in shapes]
+        elements = sum(formats.state_tiles(n * k) for n, k in shapes) * formats.STATE_TILE
+        held = torch.float32 if bits == 32 else torch.uint8
+        states = [_empty(elements, dtype=held) for _ in range(2)]
+        blocks = elements // formats.STATE_BLOCKSIZE
+        scales = [_empty(blocks, dtype=torch.float32) if bits == 8 else None for _ in range(2)]
+        scalars, rng = torch.ones(len(shapes), 7), torch.tensor([7, 11])
+        adamw.adamw(params, grads, *states, *scales, scalars, rng)
+
+    return Case(f"{DTYPE_NAMES[dtype]} r={rank} {bits} bits", call)

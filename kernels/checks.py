@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -92,3 +94,87 @@ def check_dropout(rng: Tensor | None, dropout: float) -> None:
         raise ValueError(
             "rng must be given, an int64 tensor (seed, offset), where dropout > 0; got None"
         )
+
+
+def check_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Mapping[str, Tensor],
+    absmax: Mapping[str, Tensor | None],
+    scalars: Tensor,
+    rng: Tensor | None,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """These are the arguments of a step: parameters with their gradients, and state for all of them."""
+    if len(grads) != len(params):
+        raise ValueError(
+            f"grads must have one entry for each of {len(params)} params; got {len(grads)}"
+        )
+    if not params:
+        return
+    first = params[0]
+    check_float("params[0]", first, dtypes)
+    _check_alike("params", params, first)
+    _check_alike("grads", grads, first)
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad is not None and grad.shape != param.shape:
+            raise ValueError(
+                f"grads[{i}] must have the shape of params[{i}], {tuple(param.shape)}; "
+                f"got {tuple(grad.shape)}"
+            )
+    size = sum(formats.state_tiles(param.numel()) for param in params) * formats.STATE_TILE
+    dtype = states["exp_avg"].dtype
+    check_float("exp_avg", states["exp_avg"], (torch.float32, torch.uint8))
+    for name, state in states.items():
+        _check_buffer(name, state, dtype, size, first.device)
+    for name, scale in absmax.items():
+        if (scale is None) != (dtype == torch.float32):
+            wanted = "given for states in uint8" if scale is None else "None for states in float32"
+            raise ValueError(f"{name} must be {wanted}")
+        if scale is not None:
+            blocks = size // formats.STATE_BLOCKSIZE
+            _check_buffer(name, scale, torch.float32, blocks, first.device)
+    check_tensor("scalars", scalars, torch.float32, (len(params), 7))
+    check_on_host("scalars", scalars)
+    if rng is not None:
+        check_tensor("rng", rng, torch.int64, (2,))
+        check_on_host("rng", rng)
+        if first.dtype == torch.float16:
+            raise TypeError(
+                "rng must be None for params in float16: only bfloat16 is rounded at random"
+            )
+
+
+def _check_alike(name: str, tensors: Sequence[Tensor | None], first: Tensor) -> None:
+    """All have the dtype and the device of the first parameter. There may be hundreds, at every step."""
+    dtype, device = first.dtype, first.device
+    for i, tensor in enumerate(tensors):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(
+                f"{name}[{i}] must have the dtype of params[0], {dtype}; got {tensor.dtype}"
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"{name}[{i}] must be on the device of params[0], {device}; got {tensor.device}"
+            )
+
+
+def _check_buffer(
+    name: str, tensor: Tensor, dtype: torch.dtype, size: int, device: torch.device
+) -> None:
+    """A flat tensor without gaps, as it is updated in place."""
+    check_tensor(name, tensor, dtype, (size,))
+    if tensor.device != device:
+        raise ValueError(
+            f"{name} must be on the device of params[0], {device}; got {tensor.device}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; got stride {tensor.stride()}")
+
+
+def check_on_host(name: str, tensor: Tensor) -> None:
+    """The tensor is on the CPU, where it is read."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU; got {tensor.device}")

@@ -1,4 +1,4 @@
-"""The number formats: 4-bit codebooks for weights, 8-bit codebooks for scales, and how both are packed.
+"""The number formats: 4-bit codebooks for weights, 8-bit ones for scales and optimizer state, and how they are packed.
 
 This is the only place that knows a codebook, the nibble order or a block size. Every backend (the
 reference, the CPU path, the Triton kernels) encodes by the same rule, which the formats make explicit:
@@ -25,6 +25,15 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 NESTED_BLOCKSIZE = 256
 """Scales that share one second-level absmax (QLoRA, section 3, "Double Quantization")."""
+
+STATE_BLOCKSIZE = 256
+"""Elements of an 8-bit optimizer state that share an absmax, as in bitsandbytes."""
+
+STATE_TILE = 1024
+"""Elements: in the flat buffer of an optimizer state each parameter begins at a multiple of this."""
+
+STATE_CELLS = 4096
+"""Parts of [-1, 1], or of [0, 1], that a state's look-up of ranks is indexed by, see `state_cell`."""
 
 CELLS = 128
 """Equal parts of [-1, 1] that `Format.cell_ranks` is indexed by: a byte each, one word in each of 32 banks."""
@@ -63,13 +72,8 @@ class Format:
         `cell` never decreases, so thresholds in lower cells are below x and those in higher cells are not.
         What is left is the threshold in x's own cell, of which there must be no more than one.
         """
-        occupied = cell(self.thresholds[self.thresholds.isfinite()])
-        if len(occupied.unique()) < len(occupied):
-            raise ValueError(
-                f"the thresholds of format {self.name!r} must lie in {len(occupied)} different cells "
-                f"of {CELLS}; got cells {occupied.tolist()}"
-            )
-        return torch.bucketize(torch.arange(CELLS, device="cpu"), occupied).to(torch.uint8)
+        finite = self.thresholds[self.thresholds.isfinite()]
+        return _ranks_by_cell(self.name, cell(finite), CELLS)
 
     def _ranked(self) -> list[tuple[float, int]]:
         """(value, lowest code of that value), ascending."""
@@ -81,7 +85,7 @@ class Format:
 
 @dataclass(frozen=True)
 class ScaleFormat:
-    """An 8-bit data type for double-quantized scales: 256 ascending values in [-1, 1].
+    """An 8-bit data type for double-quantized scales or optimizer state: 256 ascending values in [-1, 1].
 
     A code is the rank of its value, so `thresholds` alone encode. A format with fewer distinct values
     repeats its largest one; the repeats are never produced.
@@ -96,6 +100,16 @@ class ScaleFormat:
         values = _float32(self.values)
         midpoints = (values[:-1] + values[1:]) / 2
         return torch.where(values[1:] > values[:-1], midpoints, torch.inf)
+
+
+def _ranks_by_cell(name: str, occupied: Tensor, cells: int) -> Tensor:
+    """uint8 [cells]: how many thresholds lie in lower cells; `occupied` are the cells of the thresholds."""
+    if len(occupied.unique()) < len(occupied):
+        raise ValueError(
+            f"the thresholds of format {name!r} must lie in {len(occupied)} different cells "
+            f"of {cells}; got cells {occupied.tolist()}"
+        )
+    return torch.bucketize(torch.arange(cells, device="cpu"), occupied).to(torch.uint8)
 
 
 def _float32(values: Sequence[float]) -> Tensor:
@@ -118,17 +132,20 @@ def _signed(magnitudes: list[float]) -> tuple[float, ...]:
     return tuple(magnitudes) + tuple(-m for m in magnitudes)
 
 
-def _dynamic_map() -> tuple[float, ...]:
-    """The signed dynamic 8-bit map (Dettmers et al. 2022, "8-bit Optimizers", section 2.1).
+def _dynamic_map(signed: bool) -> tuple[float, ...]:
+    """The dynamic 8-bit map (Dettmers et al. 2022, "8-bit Optimizers", section 1.3; unsigned: section 2.2).
 
     The number of leading zero bits chooses a decade, the remaining bits a linear fraction of it: decade
-    10^(i-6) holds the midpoints of 2^i equal parts of [0.1, 1]. Zero and one complete the map.
+    10^(i-6) holds the midpoints of 2^i equal parts of [0.1, 1], or of twice as many where no bit is spent on
+    the sign. Zero and one complete the map.
     """
     magnitudes = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
+        parts = 2**i if signed else 2 ** (i + 1)
+        edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32, device="cpu")
         magnitudes += ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)).tolist()
-    return tuple(sorted([-m for m in magnitudes] + [0.0] + magnitudes + [1.0]))
+    negative = [-m for m in magnitudes] if signed else []
+    return tuple(sorted([*negative, 0.0, *magnitudes, 1.0]))
 
 
 def _e4m3_map() -> tuple[float, ...]:
@@ -176,9 +193,39 @@ FORMATS: dict[str, Format] = {
 
 SCALE_FORMATS: dict[str, ScaleFormat] = {
     fmt.name: fmt
-    for fmt in (ScaleFormat("dynamic8", _dynamic_map()), ScaleFormat("e4m3", _e4m3_map()))
+    for fmt in (ScaleFormat("dynamic8", _dynamic_map(True)), ScaleFormat("e4m3", _e4m3_map()))
 }
 """8-bit data types for double quantization by name."""
+
+_UNSIGNED_DYNAMIC8 = ScaleFormat("unsigned dynamic8", _dynamic_map(False))
+
+
+def state_format(signed: bool) -> ScaleFormat:
+    """The 8-bit data type of an optimizer state: signed for the mean of gradients, unsigned for that of squares."""
+    return SCALE_FORMATS["dynamic8"] if signed else _UNSIGNED_DYNAMIC8
+
+
+def state_cell(normalized: Tensor, signed: bool) -> Tensor:
+    """The cell of each fp32 value of a state: int32, ascending with the value. That of a NaN means nothing.
+
+    Thresholds lie as near as 2^-6 or 2^-7 of their size, over 22 powers of two. So a cell has the exponent, of 32
+    from 2^-31 up, and as many bits of the mantissa; below, all is one cell.
+    """
+    bits = normalized.view(torch.int32)
+    half = STATE_CELLS // 2 if signed else STATE_CELLS
+    shift = 17 if signed else 16
+    magnitude = (((bits & 0x7FFFFFFF) >> shift) - (96 << 23 >> shift)).clamp(0, half - 1)
+    return torch.where(bits < 0, half - 1 - magnitude, half + magnitude) if signed else magnitude
+
+
+def state_zero_code(signed: bool) -> int:
+    """The code of zero, which a fresh 8-bit state is filled with."""
+    return state_format(signed).values.index(0.0)
+
+
+def state_tiles(numel: int) -> int:
+    """Tiles that the state of a parameter of `numel` elements takes."""
+    return (numel + STATE_TILE - 1) // STATE_TILE
 
 
 def check_format(format: str) -> None:
@@ -254,3 +301,22 @@ def scale_codebook(scale_format: str, device: torch.device) -> Tensor:
 def scale_thresholds(scale_format: str, device: torch.device) -> Tensor:
     """fp32 [255]: see `ScaleFormat.thresholds`."""
     return SCALE_FORMATS[scale_format].thresholds.to(device)
+
+
+@cache
+def state_codebook(signed: bool, device: torch.device) -> Tensor:
+    """fp32 [256]: the value of each code of an optimizer state."""
+    return torch.tensor(state_format(signed).values, dtype=torch.float32, device=device)
+
+
+@cache
+def state_thresholds(signed: bool, device: torch.device) -> Tensor:
+    """fp32 [255]: see `ScaleFormat.thresholds`."""
+    return state_format(signed).thresholds.to(device)
+
+
+@cache
+def state_cell_ranks(signed: bool, device: torch.device) -> Tensor:
+    """uint8 [STATE_CELLS]: the rank at the lower end of each cell, as in `Format.cell_ranks`."""
+    fmt = state_format(signed)
+    return _ranks_by_cell(fmt.name, state_cell(fmt.thresholds, signed), STATE_CELLS).to(device)

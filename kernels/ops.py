@@ -12,7 +12,7 @@ ValueError or TypeError that names the argument. Their documentation is that of 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -355,3 +355,32 @@ def lora_grad(
     checks.check_tensor("right", right, left.dtype, (m, j))
     checks.check_dropout(rng, dropout)
     return torch.ops.qlora.lora_grad(left, right, rng, scaling, dropout)
+
+
+# --- The optimizer ----------------------------------------------------------------------------------
+
+_define(
+    "adamw(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+    " Tensor(d!)? exp_avg_absmax, Tensor(e!)? exp_avg_sq_absmax, Tensor scalars, Tensor? rng) -> ()",
+    "adamw",
+    lambda *arguments: None,
+)
+
+
+@torch.no_grad()
+def adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_absmax: Tensor | None,
+    exp_avg_sq_absmax: Tensor | None,
+    scalars: Tensor,
+    rng: Tensor | None,
+) -> None:
+    """One step of AdamW in place, for all params at once: see `reference_adamw.adamw`."""
+    states = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    absmax = {"exp_avg_absmax": exp_avg_absmax, "exp_avg_sq_absmax": exp_avg_sq_absmax}
+    checks.check_adamw(params, grads, states, absmax, scalars, rng, WEIGHT_DTYPES)
+    if params:
+        torch.ops.qlora.adamw(params, grads, *states.values(), *absmax.values(), scalars, rng)

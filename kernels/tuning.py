@@ -17,6 +17,7 @@ QUANTIZE_4BIT: Config = {"TILE": 8192, "PARTS": 4, "num_warps": 8}
 DEQUANTIZE_4BIT: Config = {"TILE": 8192, "num_warps": 4}
 QUANTIZE_ABSMAX: Config = {"ROWS": 4, "num_warps": 4}
 DEQUANTIZE_ABSMAX: Config = {"TILE": 2048, "num_warps": 4}
+ADAMW: Config = {"num_warps": 4}  # its tile is `formats.STATE_TILE`
 
 
 def blockwise(config: Config, blocksize: int) -> Config:

@@ -198,6 +198,44 @@ def test_codebooks_are_those_of_bitsandbytes() -> None:
     assert torch.equal(nf4, formats.codebook("nf4", cpu))
     assert torch.equal(fp4, formats.codebook("fp4", cpu))
     assert torch.equal(dynamic, formats.scale_codebook("dynamic8", cpu))
+    for signed in (True, False):
+        mapped = bnb.create_dynamic_map(signed=signed)
+        assert torch.equal(mapped, formats.state_codebook(signed, cpu))
+
+
+# --- Optimizer state --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_states_cell_and_one_comparison_give_the_rank(signed: bool) -> None:
+    """Around each threshold and each cell edge, at the ends, and on random floats of many magnitudes."""
+    thresholds = formats.state_format(signed).thresholds
+    assert thresholds.isfinite().all()
+    edges = (torch.arange(0x3F81, dtype=torch.int32) << 16).view(torch.float32)
+    edges = edges[(edges <= 1) & (edges > 1e-12)]
+    special = torch.cat([thresholds, edges, torch.tensor([0.0, 1.0, 2.0**-31, 1e-45])])
+    random = torch.rand(2**18, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([_floats_around(special, 2), random, random**8, torch.tensor([-0.0])])
+    x = torch.cat([x, -x]) if signed else x[x >= 0]
+    padded = torch.cat([thresholds, torch.tensor([torch.inf])])
+    cells = formats.state_cell(x, signed)
+    assert cells.min() >= 0
+    assert cells.max() < formats.STATE_CELLS
+    base = formats.state_cell_ranks(signed, torch.device("cpu"))[cells.long()].long()
+    assert torch.equal(base + (x > padded[base]), torch.bucketize(x, thresholds))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_zero_of_a_state(signed: bool) -> None:
+    code = formats.state_zero_code(signed)
+    assert formats.state_format(signed).values[code] == 0
+    assert code == (127 if signed else 0)
+
+
+@pytest.mark.parametrize(("numel", "tiles"), [(0, 0), (1, 1), (1024, 1), (1025, 2)])
+def test_tiles_of_a_state(numel: int, tiles: int) -> None:
+    assert formats.STATE_TILE % formats.STATE_BLOCKSIZE == 0
+    assert formats.state_tiles(numel) == tiles
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,13 @@ LARGE = {
     # The one kernel that counts in 32 bits, of words: it is given no more than this.
     "_few_tokens_kernel": {"words_ptr": (WIDTH - 16) * 2**14 // 8},
     "_lora_project_kernel": {"x_ptr": 2**32},
+    "_adamw_kernel": {"exp_avg_ptr": 2**33, "exp_avg_sq_ptr": 2**33},
     "_lora_grad_kernel": {"wide_ptr": 2**32},
 }
+
+# What integers that a kernel loads from a table can be, by their bits: `adamw` finds there the numbers of parameters
+# and of tiles, and sizes.
+LOADED = {"_adamw_kernel": {32: (0, 2**31 - 1), 64: (0, 2**41)}}
 
 # --- Calls with large tensors, in a process without the interpreter -----------------------------------
 
@@ -86,6 +91,8 @@ def _calls() -> Iterator[Callable[[], object]]:
     yield lambda: linear.qlora_grad_x(x, h, *weight, a, None, *rest)
     yield lambda: lora.lora_grad(h, x, None, 0.25, 0.0)
     yield static_cases._forward(bf16, 16, n=WIDTH - 16, k=2**14).call
+    for bits in (32, 8):
+        yield static_cases._adamw(bf16, bits, rank=4096).call
 
 
 def collect() -> list[dict[str, Any]]:
@@ -140,7 +147,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def _codes(launches: list[dict[str, Any]]) -> Iterator[tuple[str, Code]]:
     for launch in launches:
-        yield launch["kernel"], Code(launch)
+        yield launch["kernel"], Code(launch | {"loaded": LOADED.get(launch["kernel"], {})})
 
 
 def test_addresses_and_masks_do_not_overflow(launches: list[dict[str, Any]]) -> None:

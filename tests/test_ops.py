@@ -136,7 +136,7 @@ def test_all_ops_are_tested() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("qlora::")
     }
-    assert registered == set(OPS)
+    assert registered == {*OPS, "adamw"}  # which returns nothing: see test_adamw
 
 
 @pytest.mark.parametrize("op", OPS)

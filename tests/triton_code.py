@@ -80,6 +80,7 @@ class Code:
 
     def __init__(self, launch: dict[str, Any]) -> None:
         self.grid = launch["grid"]
+        self._loaded: dict[int, Interval] = launch.get("loaded", {})
         self.lines: list[str] = []
         self._operations: dict[str, tuple[str, str]] = {}
         self._intervals: dict[str, Interval] = {}
@@ -155,6 +156,8 @@ class Code:
             return start, end - 1
         if op == "arith.cmpi":
             return 0, 1
+        if op == "tt.load" and bits in self._loaded:
+            return self._loaded[bits]
         names = self.operands(rest)
         if op in _SAME:
             return self.interval(names[0])
@@ -199,18 +202,18 @@ class Code:
         return found
 
     def reaches(self) -> dict[str, int]:
-        """By pointer argument, the largest offset that an address has from it."""
+        """By pointer argument, or by name where an address was loaded, the largest offset from it."""
         found = dict.fromkeys(self.pointers, 0)
         for name, (op, _) in self._operations.items():
             if op == "tt.addptr":
                 pointer, offset = self._reach(name)
-                found[pointer] = max(found[pointer], offset)
+                found[pointer] = max(found.get(pointer, 0), offset)
         return found
 
     def _reach(self, name: str) -> tuple[str, int]:
-        if name in self.pointers:
+        op, rest = self._operations.get(name, ("", ""))
+        if name in self.pointers or op == "tt.int_to_ptr":
             return name, 0
-        op, rest = self._operations[name]
         names = self.operands(rest)
         pointer, offset = self._reach(names[0])
         return pointer, offset + (self.interval(names[1])[1] if op == "tt.addptr" else 0)
