@@ -5,10 +5,12 @@ from qlora.config import QLoRAConfig
 from qlora.convert import QuantizationReport, quantize_model
 from qlora.functional import qlora_linear
 from qlora.modules import LoRALinear, QLoRALinear
+from qlora.paged import PagedAdamW
 from qlora.quantized import QuantizedTensor, dequantize_4bit, quantize_4bit
 
 __all__ = [
     "LoRALinear",
+    "PagedAdamW",
     "QLoRAConfig",
     "QLoRALinear",
     "QuantizationReport",

@@ -158,7 +158,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_settings(model: nn.Module) -> dict[str, Any]:
-    """Rank, scaling, dropout, and the data type of the base: one value each for all layers."""
+    """Rank, scaling, dropout and dtype, and the data type of the base: one value each for all layers."""
     (first, layer), *others = _adapted_layers(model).items()
     settings = _layer_settings(layer)
     for name, other in others:
@@ -195,7 +195,8 @@ def plain_name(name: str) -> str:
 
 def _layer_settings(layer: LoRALayer) -> dict[str, Any]:
     adapter = {"rank": layer.rank, "scaling": layer.scaling, "dropout": layer.dropout}
-    return adapter | _base_settings(layer)
+    dtype = {"dtype": str(layer.lora_a.dtype).removeprefix("torch.")}
+    return adapter | dtype | _base_settings(layer)
 
 
 def _base_settings(layer: LoRALayer) -> dict[str, Any]:

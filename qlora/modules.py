@@ -34,7 +34,8 @@ class LoRALayer(nn.Module):
     Attributes:
         in_features, out_features: k and n.
         fan_in_fan_out: the layer replaced a Conv1D, whose weight is [k, n].
-        lora_a, lora_b: parameters A [r, k] and B [n, r] in fp32; None if the layer has no adapter.
+        lora_a, lora_b: parameters A [r, k] and B [n, r] in `config.adapter_dtype`; None if the layer has no
+            adapter.
         scaling, dropout: see `QLoRAConfig`.
         adapter_enabled: set to False to hear the base alone.
         bias: [n], frozen, or None.
@@ -56,7 +57,7 @@ class LoRALayer(nn.Module):
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
         if adapter:
-            factory = {"device": linear.weight.device, "dtype": torch.float32}
+            factory = {"device": linear.weight.device, "dtype": config.adapter_torch_dtype}
             self.lora_a = nn.Parameter(torch.empty(self.rank, self.in_features, **factory))
             self.lora_b = nn.Parameter(torch.empty(self.out_features, self.rank, **factory))
             self.reset_adapter()
@@ -159,6 +160,17 @@ class QLoRALinear(LoRALayer):
             torch.Size((self.out_features, self.in_features)),
             self._base_dtype,
         )
+
+    @weight.setter
+    def weight(self, quantized: QuantizedTensor) -> None:
+        """Put another weight of the same shape and data type in place, on whichever device it is."""
+        for name in ("shape", "format", "blocksize", "scale_format"):
+            given, own = getattr(quantized, name), getattr(self.weight, name)
+            if given != own:
+                raise ValueError(f"weight must have {name} {own!r}; got {given!r}")
+        self._base_dtype = quantized.dtype
+        for name in ("packed", *self._SCALES):
+            setattr(self, name, getattr(quantized, name))
 
     def base_weight(self) -> Tensor:
         """The base's dense weight [n, k] in fp32."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "bfloat16", "float32")
+OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch")
 
 _AT_LEAST = {
     **dict.fromkeys(("steps", "micro_batch_size", "gradient_accumulation_steps"), 1),
@@ -38,8 +39,14 @@ class TrainConfig:
         beta1: AdamW's decay of the mean gradient.
         beta2: AdamW's decay of the mean squared gradient.
         epsilon: AdamW's term against division by zero.
+        optimizer: "paged_adamw_32bit", the paper's, or "paged_adamw_8bit", with state in 32 or 8 bits that
+            makes room when GPU memory is short; or "adamw_torch", torch's fused AdamW.
+        stochastic_rounding: round bf16 adapters at random in proportion, so that small steps are not lost;
+            for the paged optimizers.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them,
             where the model can.
+        offload_checkpoints: keep what gradient checkpointing does keep, a hidden state per block, in host
+            memory.
         precision: dtype of the computation: "bfloat16", "float32", or "auto", which is bfloat16 on
             a GPU that computes in it and float32 elsewhere.
         seed: seed of the order of examples and of dropout.
@@ -64,7 +71,10 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    optimizer: str = "paged_adamw_32bit"
+    stochastic_rounding: bool = False
     gradient_checkpointing: bool = True
+    offload_checkpoints: bool = False
     precision: str = "auto"
     seed: int = 0
     evaluate_every: int = 0
@@ -86,8 +96,18 @@ class TrainConfig:
         if self.epsilon == 0:
             raise ValueError("epsilon must be above 0; got 0: a gradient of 0 would become NaN")
         check_seed(self.seed)
-        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
-            check_choice(name, getattr(self, name), choices)
+        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "optimizer": OPTIMIZERS}
+        for name, allowed in choices.items():
+            check_choice(name, getattr(self, name), allowed)
+        if self.stochastic_rounding and self.optimizer == "adamw_torch":
+            raise ValueError(
+                "stochastic_rounding must be False with optimizer='adamw_torch'; got True"
+            )
+        if self.offload_checkpoints and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload_checkpoints must be False without gradient_checkpointing, which makes the "
+                "checkpoints; got True"
+            )
 
     @property
     def batch_size(self) -> int:

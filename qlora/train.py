@@ -50,6 +50,7 @@ from qlora.evaluation import (
     module_modes,
     summed_loss,
 )
+from qlora.paged import PagedAdamW
 from qlora.progress import Progress
 from qlora.recipe import TrainConfig, learning_rate
 from qlora.recompute import recomputing
@@ -174,14 +175,18 @@ def train_step(
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; its learning rate is set before each step."""
-    return torch.optim.AdamW(
-        _trainable(model),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    parameters = _trainable(model)
+    settings = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamw_torch":
+        return torch.optim.AdamW(parameters, **settings, fused=True)
+    bits = 8 if config.optimizer == "paged_adamw_8bit" else 32
+    rounding = config.stochastic_rounding
+    return PagedAdamW(parameters, **settings, bits=bits, stochastic_rounding=rounding)
 
 
 class Metrics:
@@ -228,7 +233,7 @@ def _training(model: torch.nn.Module, config: TrainConfig) -> Iterator[None]:
     device = device_of(model)
     with (
         module_modes(model, training=True),
-        recomputing(model, config.gradient_checkpointing),
+        recomputing(model, config.gradient_checkpointing, config.offload_checkpoints),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         yield
@@ -254,7 +259,8 @@ def _settings(
 ) -> dict[str, dict[str, Any]]:
     """All that the course of a run depends on."""
     recipe = asdict(config)
-    for name in ("evaluate_every", "checkpoint_every", "keep_checkpoints"):
+    no_effect = ("evaluate_every", "checkpoint_every", "keep_checkpoints", "offload_checkpoints")
+    for name in no_effect:
         del recipe[name]
     if config.schedule == "constant":
         del recipe["steps"]  # a finished run may be prolonged

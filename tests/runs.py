@@ -27,10 +27,14 @@ def model(dropout: float = 0.0, **settings: Any) -> torch.nn.Module:
 
 
 def run(
-    output: Path, config: TrainConfig = SMALL, dropout: float = 0.1, **options: Any
+    output: Path,
+    config: TrainConfig = SMALL,
+    dropout: float = 0.1,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[torch.nn.Module, TrainResult]:
-    """A quiet run: the trained model, and what `train` returned."""
-    trained = model(dropout)
+    """A quiet run of a model with these settings: the trained model, and what `train` returned."""
+    trained = model(dropout, **settings or {})
     options = {"progress": False, **options}
     return trained, train(trained, tiny.examples(), config, output, **options)
 

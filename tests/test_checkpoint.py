@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from qlora.train import train, train_step
+from qlora.adapters import adapter_parameters
+from qlora.checkpoint import OPTIMIZER, load_checkpoint, save_checkpoint
+from qlora.files import read_tensors
+from qlora.train import make_optimizer, train, train_step
 from tests import tiny
 from tests.runs import SMALL, metrics, model, run, same
 
@@ -53,6 +56,77 @@ def test_a_resumed_run_is_bit_identical(
     assert result.resumed_from == 2 * (after // 2)
     assert same(resumed, whole)
     assert metrics(tmp_path) == metrics(output), "each step once, with the same numbers"
+
+
+OPTIMIZERS = [
+    ({"optimizer": "paged_adamw_8bit"}, {}),
+    ({"optimizer": "adamw_torch"}, {}),
+    ({"optimizer": "adamw_torch"}, {"adapter_dtype": "bfloat16"}),
+    ({"optimizer": "paged_adamw_32bit"}, {"adapter_dtype": "bfloat16"}),
+    (
+        {"optimizer": "paged_adamw_32bit", "stochastic_rounding": True},
+        {"adapter_dtype": "bfloat16"},
+    ),
+    ({"optimizer": "paged_adamw_8bit", "stochastic_rounding": True}, {"adapter_dtype": "bfloat16"}),
+]
+
+
+@pytest.mark.parametrize(("recipe", "settings"), OPTIMIZERS)
+def test_every_optimizer_resumes_bit_identically(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    config = replace(SMALL, steps=4, **recipe)
+    whole, _ = run(tmp_path / "whole", config, settings=settings)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken", config, settings=settings)
+    torch.manual_seed(99)
+    resumed, result = run(tmp_path / "broken", config, settings=settings)
+    assert result.resumed_from == 2
+    assert same(resumed, whole)
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+    last = (tmp_path / name / "checkpoint-000004" / OPTIMIZER for name in ("broken", "whole"))
+    assert_same_tensors(*map(read_tensors, last))
+
+
+def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_states_are_saved_exactly_and_without_their_padding(tmp_path: Path, bits: int) -> None:
+    """They are views of shared buffers, which safetensors refuses where they overlap."""
+    net = model()
+    optimizer = make_optimizer(net, replace(SMALL, optimizer=f"paged_adamw_{bits}bit"))
+    for p in adapter_parameters(net).values():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    path = save_checkpoint(tmp_path, net, optimizer, 1, {}, keep=1)
+    parameters = {n.replace(".default", ""): p for n, p in net.named_parameters()}
+    saved = read_tensors(path / OPTIMIZER)
+    expected = {
+        f"{name}.{key}": tensor
+        for name, p in parameters.items()
+        if p in optimizer.state
+        for key, tensor in optimizer.state[p].items()
+    }
+    assert_same_tensors(saved, expected)
+    assert {t.dtype for t in saved.values()} >= {torch.uint8 if bits == 8 else torch.float32}
+    size = sum(t.numel() * t.element_size() for t in saved.values())
+    assert size <= (path / OPTIMIZER).stat().st_size < 1.5 * size + 2**15, (
+        "views, not whole buffers"
+    )
+    restored = make_optimizer(net, replace(SMALL, optimizer=f"paged_adamw_{bits}bit"))
+    assert load_checkpoint(path, net, restored, {}) == 1
+    for p, state in optimizer.state.items():
+        assert_same_tensors(restored.state[p], state)
 
 
 def test_dropout_is_at_work_in_these_tests(tmp_path: Path, uninterrupted: Run) -> None:
@@ -136,6 +210,11 @@ def test_what_was_half_written_is_never_read(tmp_path: Path, uninterrupted: Run)
         ({"config": replace(SMALL, beta2=0.9)}, "recipe beta2 = 0.999, and now it is 0.9"),
         ({"config": replace(SMALL, micro_batch_size=4)}, "recipe micro_batch_size = 2"),
         ({"dropout": 0.2}, r"adapter dropout = 0\.1, and now it is 0\.2"),
+        (
+            {"config": replace(SMALL, optimizer="paged_adamw_8bit")},
+            "recipe optimizer = 'paged_adamw_32bit', and now it is 'paged_adamw_8bit'",
+        ),
+        ({"adapter_dtype": "bfloat16"}, "adapter dtype = 'float32', and now it is 'bfloat16'"),
         ({"rank": 8}, "adapter rank = 4, and now it is 8"),
         ({"format": "fp4"}, "adapter format = 'nf4', and now it is 'fp4'"),
         ({"data": tiny.examples(11)}, "data examples = 12, and now it is 11"),

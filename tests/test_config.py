@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qlora import QLoRAConfig
+from qlora.config import ADAPTER_DTYPES
 from qlora.kernels.formats import BLOCKSIZES, FORMATS, SCALE_FORMATS
 
 
@@ -22,6 +23,7 @@ def test_the_defaults_are_the_papers() -> None:
         "blocksize": 64,
         "double_quant": True,
         "scale_format": "dynamic8",
+        "adapter_dtype": "float32",
     }
     assert QLoRAConfig().scaling == 0.25
 
@@ -43,6 +45,7 @@ def test_is_frozen() -> None:
         *({"format": format} for format in (*FORMATS, None)),
         *({"blocksize": blocksize} for blocksize in BLOCKSIZES),
         *({"scale_format": scale_format} for scale_format in SCALE_FORMATS),
+        *({"adapter_dtype": dtype} for dtype in ADAPTER_DTYPES),
         {"rank": 1},
         {"rank": 256},
         {"dropout": 0.99},
@@ -57,6 +60,10 @@ def test_allowed(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"adapter_dtype": "float16"},
+            "adapter_dtype must be float32 or bfloat16; got 'float16'",
+        ),
         ({"rank": 0}, "rank must be from 1 to 256; got 0"),
         ({"rank": 257}, "rank must be from 1 to 256; got 257"),
         ({"alpha": 0}, "alpha must be positive and finite; got 0"),

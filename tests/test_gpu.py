@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qlora.kernels import double_quant, fused_linear, linear, lora, many_tokens, nf4, ops, reference
+from qlora.paged import PagedAdamW
 from qlora.testing import relative_rmse
 from tests.on_device import assert_identical, compiled_only
 
@@ -106,3 +107,21 @@ def test_an_op_takes_what_requires_a_gradient() -> None:
     x = torch.randn(1100, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     y, _ = ops.qlora_forward(x, *weight, None, lora_a, lora_b, None, 0.5, 0.0, *FORMAT)
     assert not y.requires_grad
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_an_optimizer_step_does_not_synchronize(bits: int) -> None:
+    """Nor do eviction and prefetching: the host runs ahead."""
+    params = [torch.nn.Parameter(torch.randn(5000, device="cuda").bfloat16()) for _ in range(3)]
+    optimizer = PagedAdamW(params, bits=bits, stochastic_rounding=True)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()  # compiles, and allocates the state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step()
+            optimizer.evict()
+            optimizer.prefetch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

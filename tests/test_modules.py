@@ -378,3 +378,44 @@ def test_a_quantized_weight_of_another_shape_is_refused() -> None:
         QLoRALinear.from_linear(
             nn.Linear(64, 32), config(), quantized=quantize_4bit(torch.randn(64, 32))
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_in_bfloat16(kind: str) -> None:
+    """Trains, computes in x's dtype, and starts as its base does."""
+    layer = KINDS[kind].from_linear(linear(), config(adapter_dtype="bfloat16"))
+    assert {layer.lora_a.dtype, layer.lora_b.dtype} == {torch.bfloat16}
+    x = torch.randn(3, K)
+    base = KINDS[kind].from_linear(linear(), config(), adapter=False)
+    assert torch.equal(layer(x), base(x))
+    trained(layer)(x).sum().backward()
+    assert layer(x).dtype == torch.float32
+    assert layer.lora_a.grad.dtype == layer.lora_b.grad.dtype == torch.bfloat16
+    merged = layer.merged_weight()
+    assert merged.dtype == torch.float32
+    assert torch.allclose(x @ merged.mT + layer.bias, layer(x), atol=1e-4)
+
+
+def test_another_weight_in_place() -> None:
+    """On a layer that was made as a shape."""
+    with torch.device("meta"):
+        layer = QLoRALinear.from_linear(nn.Linear(K, N), config())
+    weight = quantize_4bit(linear(dtype=torch.bfloat16).weight, blocksize=32)
+    layer.weight = weight
+    assert layer.base_dtype == torch.bfloat16
+    assert torch.equal(layer.base_weight(), dequantize_4bit(weight, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(K, N), "weight must have shape torch.Size"),
+        (torch.zeros(N, K), "weight must have blocksize 32; got 64"),
+    ],
+)
+def test_another_weight_that_does_not_fit(weight: Tensor, message: str) -> None:
+    layer = quantized()
+    before = layer.base_weight()
+    with pytest.raises(ValueError, match=message):
+        layer.weight = quantize_4bit(weight)
+    assert torch.equal(layer.base_weight(), before)

@@ -16,7 +16,8 @@ from qlora.adapters import adapter_parameters, enable_adapters, load_adapter
 from qlora.batching import collate
 from qlora.data import IGNORE, Example
 from qlora.evaluation import evaluate, summed_loss
-from qlora.recipe import TrainConfig, learning_rate
+from qlora.paged import PagedAdamW
+from qlora.recipe import OPTIMIZERS, TrainConfig, learning_rate
 from qlora.train import make_optimizer, train, train_step
 from tests import tiny
 from tests.runs import SMALL, metrics, model, run, same
@@ -32,6 +33,9 @@ def test_the_defaults_are_the_guanaco_recipe() -> None:
     assert config.max_grad_norm == 0.3
     assert config.group_by_length
     assert config.gradient_checkpointing
+    assert config.optimizer == "paged_adamw_32bit"
+    assert not config.stochastic_rounding
+    assert not config.offload_checkpoints
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,17 @@ def test_the_defaults_are_the_guanaco_recipe() -> None:
         ({"seed": 2**63}, ValueError, r"seed must be at least 0 and below 2\*\*63; got 9223"),
         ({"schedule": "step"}, ValueError, "schedule must be one of constant, linear, cosine"),
         ({"precision": "int8"}, ValueError, "precision must be one of auto, bfloat16, float32"),
+        ({"optimizer": "sgd"}, ValueError, "optimizer must be one of paged_adamw_32bit, paged_ad"),
+        (
+            {"optimizer": "adamw_torch", "stochastic_rounding": True},
+            ValueError,
+            "stochastic_rounding must be False with optimizer='adamw_torch'",
+        ),
+        (
+            {"gradient_checkpointing": False, "offload_checkpoints": True},
+            ValueError,
+            "offload_checkpoints must be False without gradient_checkpointing",
+        ),
         ({"group_by_length": 1}, TypeError, "group_by_length must be of type bool"),
     ],
 )
@@ -197,6 +212,40 @@ def test_gradient_checkpointing_computes_twice_and_the_same(tmp_path: Path) -> N
     assert same(*nets)
     assert calls == [2 * calls[1], 6 * 2], "6 steps of 2 micro-batches"
     assert not any(getattr(m, "gradient_checkpointing", False) for m in nets[0].modules())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_learns_the_same(tmp_path: Path, optimizer: str) -> None:
+    config = replace(SMALL, steps=40, learning_rate=1e-2, checkpoint_every=0, optimizer=optimizer)
+    run(tmp_path, config, dropout=0.0)
+    losses = [record["loss"] for record in metrics(tmp_path)]
+    run(tmp_path / "torch", replace(config, optimizer="adamw_torch"), dropout=0.0)
+    reference = [record["loss"] for record in metrics(tmp_path / "torch")]
+    assert losses[-1] < 0.4 * losses[0]
+    tolerance = 0.2 if optimizer == "paged_adamw_8bit" else 1e-3
+    assert losses == pytest.approx(reference, rel=tolerance)
+
+
+def test_the_recipe_chooses_the_optimizer() -> None:
+    chosen = {"optimizer": "paged_adamw_8bit", "stochastic_rounding": True}
+    optimizer = make_optimizer(model(adapter_dtype="bfloat16"), replace(SMALL, **chosen))
+    assert isinstance(optimizer, PagedAdamW)
+    assert (optimizer.bits, optimizer.stochastic_rounding, optimizer.paged) == (8, True, True)
+    optimizer = make_optimizer(model(), SMALL)
+    assert (optimizer.bits, optimizer.stochastic_rounding) == (32, False)
+    torchs = make_optimizer(model(), replace(SMALL, optimizer="adamw_torch"))
+    assert type(torchs) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_bfloat16_adapters_learn_with_random_rounding(tmp_path: Path, precision: str) -> None:
+    config = replace(
+        SMALL, steps=40, learning_rate=1e-2, stochastic_rounding=True, precision=precision
+    )
+    net, _ = run(tmp_path, config, dropout=0.0, settings={"adapter_dtype": "bfloat16"})
+    assert {p.dtype for p in adapter_parameters(net).values()} == {torch.bfloat16}
+    losses = [record["loss"] for record in metrics(tmp_path)]
+    assert losses[-1] < 0.4 * losses[0]
 
 
 def test_bfloat16_computes_in_bfloat16_and_learns_in_float32(tmp_path: Path) -> None:
