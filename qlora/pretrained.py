@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora import files
+from qlora import files, loading, quantized_folder
 from qlora.adapters import load_adapter
-from qlora.config import QLoRAConfig
+from qlora.config import ALL_LINEAR, QLoRAConfig
 from qlora.convert import QuantizationReport, quantize_model
 from qlora.evaluation import compute_dtype
+from qlora.loading import check_causal
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "chat_template*", "*.model")
 
@@ -27,14 +29,43 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
             f"{folder}: no such folder. A model is a local folder with config.json, *.safetensors "
             "and the tokenizer's files; models are not downloaded"
         )
-    config = files.read_json(folder / "config.json")
-    if quantization := config.get("quantization_config"):
-        is_object = isinstance(quantization, dict)
-        method = quantization.get("quant_method", "unknown") if is_object else quantization
-        raise ValueError(f"{folder}: quantized already ({method}), a dense model is needed")
+    if _quantization(folder) != quantized_folder.METHOD:
+        _check_not_quantized(folder)
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder}: no *.safetensors in the folder")
     return folder
+
+
+def _check_dense(folder: str | os.PathLike[str]) -> Path:
+    """As `check_folder`, and not in 4 bits either."""
+    folder = check_folder(folder)
+    _check_not_quantized(folder)
+    return folder
+
+
+def _check_not_quantized(folder: Path) -> None:
+    if (method := _quantization(folder)) is not None:
+        raise ValueError(f"{folder}: quantized already ({method}), a dense model is needed")
+
+
+def _quantization(folder: Path) -> str | None:
+    """How a folder says that it is quantized; None for a dense one."""
+    given = files.read_json(folder / "config.json").get("quantization_config")
+    if not given:
+        return None
+    return str(given.get("quant_method", "unknown") if isinstance(given, dict) else given)
+
+
+def base_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of QLoRAConfig that a folder in 4 bits settles; none for a dense one."""
+    settings = quantized_folder.read_settings(check_folder(folder))
+    return {} if settings is None else dict(settings.base)
+
+
+def check_base(folder: str | os.PathLike[str], config: QLoRAConfig) -> None:
+    """Refuse a config that asks for another base than a folder in 4 bits holds."""
+    if settings := quantized_folder.read_settings(check_folder(folder)):
+        quantized_folder.check_base(Path(folder), settings, config)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
@@ -53,7 +84,7 @@ def load_dense(folder: str | os.PathLike[str]) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    folder = check_folder(folder)
+    folder = _check_dense(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # missing weights are an error below, not a table in the log
     try:
@@ -69,7 +100,7 @@ def load_dense(folder: str | os.PathLike[str]) -> torch.nn.Module:
     finally:
         logging.set_verbosity(verbosity)
     _check_loaded(folder, found)
-    _check_causal(folder, model.config)
+    check_causal(folder, model.config)
     return model.float() if model.dtype == torch.float64 else model
 
 
@@ -87,16 +118,6 @@ def _check_loaded(folder: Path, found: Mapping[str, Iterable[Any]]) -> None:
             raise ValueError(f"{folder}: {len(keys)} weights are {what} ({', '.join(keys[:3])})")
 
 
-def _check_causal(folder: Path, config: Any) -> None:
-    """Refuse an encoder, which transformers makes a causal model of whose tokens see those after."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    fills_masks = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if fills_masks and getattr(config, "is_decoder", None) is False:
-        name = ", ".join(config.architectures or [config.model_type])
-        raise ValueError(f"{folder}: {name} is an encoder; a causal language model is needed")
-
-
 def load_quantized(
     folder: str | os.PathLike[str],
     config: QLoRAConfig,
@@ -107,27 +128,79 @@ def load_quantized(
     """A model from a folder, quantized, with adapters, on its device.
 
     It is quantized from the numbers in its files, so that the codes are the same whatever the
-    device and the precision of the computation.
+    device and the precision of the computation; one tensor at a time, so that the dense model is
+    never in memory, unless transformers has to convert the files' weights first.
 
     Args:
-        folder: a Hugging Face model folder with safetensors.
-        config: as for `quantize_model`.
+        folder: a Hugging Face model folder with safetensors, or one in 4 bits that `quantize_folder` wrote.
+        config: as for `quantize_model`; for a folder in 4 bits, with the base that it holds.
         adapter: a folder whose adapter is loaded; new adapters change nothing until trained.
         device: "cpu", "cuda", "cuda:1", ...
         precision: "auto", "bfloat16" or "float32", as in TrainConfig.
     """
-    model = load_dense(folder)
-    if _fits(model, torch.device(device)):  # quantizing is quicker there
-        model.to(device)
-    try:
-        report = quantize_model(model, config)
-    except ValueError as error:
-        if adapter is None:
-            raise
-        raise ValueError(f"{adapter}: the adapter does not fit {folder}: {error}") from error
+    dtype = compute_dtype(torch.device(device), precision)
+    model, report = _quantized(check_folder(folder), config, adapter, torch.device(device), dtype)
     if adapter is not None:
         load_adapter(model, adapter)
-    return place(model, device, compute_dtype(torch.device(device), precision)), report
+    return place(model, device, dtype), report
+
+
+def quantize_folder(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: QLoRAConfig,
+    device: str = "cpu",
+) -> QuantizationReport:
+    """Write a folder whose model is that of another folder in 4 bits, to be loaded in its place.
+
+    Args:
+        folder: a Hugging Face model folder with safetensors.
+        out: a new or empty folder.
+        config: how to quantize; what it says of adapters does not matter.
+        device: where to quantize.
+    """
+    folder, out = _check_dense(folder), Path(out)
+    if config.format is None:
+        raise ValueError("format must name a 4-bit data type; got None")
+    files.check_new_folder(out)
+    config = replace(config, rank=1, target_modules=ALL_LINEAR)
+    model, report = _quantized(folder, config, None, torch.device(device), None)
+    adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    with files.new_folder(out) as temporary:
+        quantized_folder.save(model, folder, temporary)
+        copy_tokenizer(folder, temporary)
+    after = report.bytes_after - adapters
+    return replace(report, adapted=(), trainable_parameters=0, bytes_after=after)
+
+
+def _quantized(
+    folder: Path,
+    config: QLoRAConfig,
+    adapter: str | os.PathLike[str] | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> tuple[torch.nn.Module, QuantizationReport]:
+    """The model with new adapters; what stays dense is cast to `dtype` as it is read, if at all."""
+
+    def convert(model: torch.nn.Module) -> QuantizationReport:
+        try:
+            return quantize_model(model, config)
+        except ValueError as error:
+            if adapter is None:
+                raise
+            raise ValueError(f"{adapter}: the adapter does not fit {folder}: {error}") from error
+
+    settings = quantized_folder.read_settings(folder)
+    if settings is not None:
+        quantized_folder.check_base(folder, settings, config)
+        return quantized_folder.load(folder, settings, convert, device, dtype)
+    if config.format is not None and (loaded := loading.load(folder, convert, device, dtype)):
+        return loaded
+    model = load_dense(folder)
+    if _fits(model, device):  # quantizing is quicker there
+        model.to(device)
+    report = convert(model)
+    return model.to(device), report
 
 
 def place(model: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -144,9 +217,14 @@ def save_dense(model: torch.nn.Module, tokenizer_from: Path, folder: Path) -> No
     files.check_new_folder(folder)
     with files.new_folder(folder) as temporary:
         model.save_pretrained(temporary)
-        for pattern in _TOKENIZER_FILES:
-            for file in tokenizer_from.glob(pattern):
-                shutil.copy(file, temporary / file.name)
+        copy_tokenizer(tokenizer_from, temporary)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files from one model folder to another."""
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copy(file, folder / file.name)
 
 
 def _fits(model: torch.nn.Module, device: torch.device) -> bool:
