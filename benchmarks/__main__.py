@@ -29,6 +29,7 @@ large copy and a large product reach in the same run.
 
 other commands:
   python -m benchmarks static    what the compiler makes of the GPU kernels; needs no GPU
+  python -m benchmarks.loading   memory and time of quantizing a folder of 3 GB while it is loaded
   python -m benchmarks plot      draw speed-ups and rooflines from stored results
   python -m benchmarks readme    write the stored results into README.md
 

@@ -26,7 +26,7 @@ from qlora.testing import FORWARD_FACTOR, GRADIENT_FACTOR, assert_close_to_oracl
 RANK = 64
 TARGETS = {PEFT_BITSANDBYTES: 1.3}
 
-_LLAMA3_8B = {
+LLAMA3_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_attention_heads": 32,
@@ -50,7 +50,7 @@ def decoder_cases(device: torch.device, dtypes: list[torch.dtype], quick: bool) 
         return [_case(device, dtype, "tiny", _TINY, _TINY_BATCH, {}) for dtype in dtypes]
     if device.type != "cuda":
         return []
-    return [_case(device, dtype, "Llama 3 8B", _LLAMA3_8B, _BATCH, TARGETS) for dtype in dtypes]
+    return [_case(device, dtype, "Llama 3 8B", LLAMA3_8B, _BATCH, TARGETS) for dtype in dtypes]
 
 
 def _case(

@@ -19,7 +19,8 @@ _STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 _OURS = "#17365d"
 _PEERS = (
     *("#e08214", "#4d9a4d", "#b2457f", "#2a9d9d", "#8c6bb1", "#a6761d", "#f4a6a0", "#6baed6"),
-    *("#d4c21a", "#d6453d", "#a8d98a", "#5c4033", "#3f6fd1", "#cdb4e8"),
+    *("#d4c21a", "#d6453d", "#a8d98a", "#5c4033", "#3f6fd1", "#cdb4e8", "#0b6e4f", "#ff5fb0"),
+    *("#9acd00", "#c9a06a"),
 )
 _YARDSTICKS = ("#9a9a9a", "#c4c4c4", "#e0e0e0")
 _MISSED = "#b2182b"

@@ -30,7 +30,7 @@ BATCHES = 4
 TARGETS = {DENSE: 1 / 1.35, PEFT_BITSANDBYTES: 1.0}
 """On a CPU, and required there: a step that misses one makes the run a failure."""
 
-_SMOLLM2 = {
+SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -51,7 +51,7 @@ def step_cases(device: torch.device, dtypes: list[torch.dtype], quick: bool) -> 
 
 
 def _step_case(device: torch.device, dtype: torch.dtype, rank: int, quick: bool) -> Case:
-    layers = _QUICK_LAYERS if quick else _SMOLLM2["num_hidden_layers"]
+    layers = _QUICK_LAYERS if quick else SMOLLM2["num_hidden_layers"]
     weights = "random" if quick or cached_model() is None else "SmolLM2-135M-Instruct"
     dtype_name = str(dtype).removeprefix("torch.")
     cut = f" cut to {layers} layers" if quick else ""
@@ -106,7 +106,7 @@ class StepInputs(Trained):
     ) -> None:
         torch.manual_seed(seed)
         shape = (BATCHES, SEQUENCES, LENGTH)
-        self.batches = torch.randint(_SMOLLM2["vocab_size"], shape).to(device)
+        self.batches = torch.randint(SMOLLM2["vocab_size"], shape).to(device)
         super().__init__(_load(layers, real_weights), device, dtype, rank)
 
     @cached_property
@@ -127,7 +127,7 @@ def _load(layers: int, real_weights: bool) -> nn.Module:
 
         if real_weights:
             return AutoModelForCausalLM.from_pretrained(cached_model(), dtype=torch.float32)
-        return LlamaForCausalLM(LlamaConfig(**_SMOLLM2 | {"num_hidden_layers": layers}))
+        return LlamaForCausalLM(LlamaConfig(**SMOLLM2 | {"num_hidden_layers": layers}))
 
 
 def _peft(inputs: StepInputs, model: nn.Module) -> Call:

@@ -9,6 +9,7 @@ from benchmarks.decoder_cases import decoder_cases
 from benchmarks.harness import Case
 from benchmarks.kernel_cases import kernel_cases
 from benchmarks.layer_cases import layer_cases
+from benchmarks.optimizer_cases import optimizer_cases
 from benchmarks.step_cases import step_cases
 
 GROUPS = {
@@ -19,6 +20,7 @@ GROUPS = {
     "crossover": "the kernels between which the number of tokens decides, side by side (GPU only)",
     "layer": "a linear layer with adapter, forward and all gradients",
     "decoder": "a decoder layer of Llama 3 8B's shape, both passes (GPU, or tiny with --quick)",
+    "adamw": "a step of the optimizer for the adapters of a model",
     "step": "a fine-tuning step of SmolLM2-135M",
 }
 
@@ -29,6 +31,7 @@ def all_cases(
     """The cases of `groups` on a device, in these data types."""
     cases = kernel_cases(device, dtypes, quick) + layer_cases(device, dtypes, quick)
     cases += decoder_cases(device, dtypes, quick)
+    cases += optimizer_cases(device, quick)
     cases += step_cases(device, dtypes[:1] if quick else dtypes, quick)
     return [case for case in cases if case.group in groups]
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from paper_repro import report
+from paper_repro import memory, report
 from paper_repro.assets import AssetError
 from paper_repro.experiment import Experiment
 from paper_repro.lab import OUT, Lab, cache_folder
@@ -29,6 +29,7 @@ examples:
   python -m paper_repro table2           one experiment, then the report
   python -m paper_repro --list           the experiments, their claims and criteria
   python -m paper_repro table2 --fresh   measure anew what is remembered
+  python -m paper_repro memory --model 65b --run   a training step of LLaMA-65B's shapes, then Figure 6
 
 results      paper_repro/out/NAME.json, REPORT.md and plots, the trained adapter
 cache        {cache_folder()} (set QLORA_CACHE to put it elsewhere)"""
@@ -41,13 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"no such experiment: {unknown[0]}; there are {', '.join(EXPERIMENTS)}", file=sys.stderr
         )
         return 2
+    if args.run and args.experiments != ["memory"]:
+        print("--run goes with the experiment memory alone", file=sys.stderr)
+        return 2
     if args.list:
         print("\n\n".join(_describe(experiment) for experiment in EXPERIMENTS.values()))
         return 0
     chosen = {name: EXPERIMENTS[name] for name in args.experiments or EXPERIMENTS}
     try:
         with Lab(fresh=args.fresh).lock() as lab:
-            _run(lab, chosen)
+            if args.run:
+                print(f"A step of LLaMA-{args.model} ...", flush=True)
+                print(f"It is in {memory.take_step(args.model)}")
+            _run(lab, chosen, show=bool(args.experiments))
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
         return 130
@@ -70,6 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("experiments", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
     parser.add_argument("--list", action="store_true", help="list experiments, claims and criteria")
     parser.add_argument("--fresh", action="store_true", help="measure anew what is remembered")
+    parser.add_argument(
+        "--run",
+        action="store_true",
+        help="with memory: take a real step with random weights first: whole on a GPU, a few layers on a CPU",
+    )
+    parser.add_argument(
+        "--model",
+        choices=memory.FIGURE6,
+        default="65b",
+        help="with --run: which LLaMA (default: 65b)",
+    )
     return parser
 
 
@@ -89,7 +107,8 @@ def _quieten_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def _run(lab: Lab, chosen: dict[str, Experiment]) -> None:
+def _run(lab: Lab, chosen: dict[str, Experiment], show: bool) -> None:
+    """Run the experiments and write the report; `show` prints their sections too."""
     _quieten_transformers()
     started = time.monotonic()
     for number, experiment in enumerate(chosen.values(), start=1):
@@ -99,6 +118,8 @@ def _run(lab: Lab, chosen: dict[str, Experiment]) -> None:
         result = experiment.run(lab)
         record = {"experiment": experiment.name, **lab.collect(), "result": result}
         files.write_json(OUT / f"{experiment.name}.json", record)
+        if show:
+            print(f"\n{experiment.section(result)}\n")
         for statement, _, measured, _, verdict in report.verdicts(experiment, record):
             print(f"  {verdict.strip('*')}: {statement}: {measured}", flush=True)
     path = report.write(OUT)

@@ -12,24 +12,18 @@ from tqdm import tqdm
 from paper_repro import assets, draw, model
 from paper_repro.experiment import Claim, Experiment, Result, table
 from paper_repro.lab import Lab
-from qlora import QLoRAConfig, quantize_4bit, quantize_model
+from qlora import QLoRAConfig, quantize_4bit, quantize_model, shapes
 
 MIB = 2**20
-VOCABULARY = 32_000
-# hidden size, layers, heads, feed-forward size; Figure 6's bar for the model in MB
-LLAMA = {
-    "7B": (4096, 32, 32, 11008, 5046),
-    "13B": (5120, 40, 40, 13824, 8476),
-    "33B": (6656, 60, 52, 17920, 19302),
-    "65B": (8192, 80, 64, 22016, 37074),
-}
+# Figure 6's bars for the model, in MB.
+BARS = {"7B": 5046, "13B": 8476, "33B": 19302, "65B": 37074}
 PAPER_BITS = {"nf4": 4.5, "nf4+dq": 4.127}
 RANK = 64
 
 
 def run(lab: Lab) -> Result:
     folder = model.model_folder(lab.folder)
-    settings = {"model": assets.MODEL_SHA256, "llama": LLAMA, "rank": RANK}
+    settings = {"model": assets.MODEL_SHA256, "llama": BARS, "rank": RANK}
     return lab.measure("bits", settings, lambda: _measure(folder))
 
 
@@ -42,12 +36,12 @@ def quantized_bytes(numel: int, blocksize: int = 64, nested: int = 256) -> int:
 def llama_bytes(hidden: int, layers: int, feed_forward: int) -> int:
     """Bytes of a LLaMA with NF4+DQ linear layers and the rest in 16 bits, in closed form."""
     linear = layers * (4 * hidden**2 + 3 * hidden * feed_forward)
-    rest = 2 * VOCABULARY * hidden + (2 * layers + 1) * hidden
+    rest = 2 * shapes.VOCABULARY * hidden + (2 * layers + 1) * hidden
     return linear // 2 + linear // 64 + 4 * linear // 16384 + 4 * 7 * layers + 2 * rest
 
 
 def _measure(folder: Path) -> dict[str, Any]:
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig
 
     square = torch.empty(4096, 4096, device="meta")
     bits = {
@@ -56,32 +50,22 @@ def _measure(folder: Path) -> dict[str, Any]:
     }
     small = AutoConfig.from_pretrained(folder, local_files_only=True)
     configs = {model.MODEL_NAME: small}
-    for name, (hidden, layers, heads, feed_forward, _) in LLAMA.items():
-        configs[f"LLaMA-{name}"] = LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=feed_forward,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            vocab_size=VOCABULARY,
-        )
+    configs |= {f"LLaMA-{name}": shapes.model_config(f"llama-{name}") for name in BARS}
     bar = tqdm(configs.items(), desc="shapes quantized on the meta device", unit="model")
     return {"bits": bits, "models": {name: _sizes(config) for name, config in bar}}
 
 
 def _sizes(config: Any) -> dict[str, Any]:
     """The sizes of a model's parts, all read from the objects; only `formula` comes from arithmetic."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    total = sum(parameter.numel() for parameter in shapes.parameters())
+    network = shapes.meta_model(config, torch.bfloat16)
+    total = sum(parameter.numel() for parameter in network.parameters())
     linears = {
         name: module.weight.numel()
-        for name, module in shapes.named_modules()
+        for name, module in network.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    report = quantize_model(shapes, QLoRAConfig(rank=RANK))
-    frozen = [p for p in shapes.parameters() if not p.requires_grad]
+    report = quantize_model(network, QLoRAConfig(rank=RANK))
+    frozen = [p for p in network.parameters() if not p.requires_grad]
     return {
         "parameters": total,
         "linear_parameters": report.quantized_parameters,
@@ -92,15 +76,16 @@ def _sizes(config: Any) -> dict[str, Any]:
     }
 
 
-def _llamas(result: Result) -> list[tuple[str, dict[str, Any], tuple[int, ...]]]:
-    return [(name, result["models"][f"LLaMA-{name}"], shape) for name, shape in LLAMA.items()]
+def _llamas(result: Result) -> list[tuple[dict[str, Any], tuple[int, int, int, int]]]:
+    """Sizes and shape of each."""
+    return [(result["models"][f"LLaMA-{n}"], shapes.LLAMA[f"llama-{n.lower()}"]) for n in BARS]
 
 
 def _all_exact(result: Result) -> bool:
     layers = all(m["linear_bytes"] == m["formula_bytes"] for m in result["models"].values())
     return layers and all(
         sizes["base_bytes"] == llama_bytes(hidden, layers, feed_forward)
-        for _, sizes, (hidden, layers, _, feed_forward, _) in _llamas(result)
+        for sizes, (hidden, layers, _, feed_forward) in _llamas(result)
     )
 
 
@@ -108,7 +93,7 @@ def _lora_exact(result: Result) -> bool:
     """r (in + out) for each matrix, and the paper's r = 64 on all seven of a layer."""
     return all(
         sizes["lora_parameters"] == RANK * layers * (4 * 2 * hidden + 3 * (hidden + feed_forward))
-        for _, sizes, (hidden, layers, _, feed_forward, _) in _llamas(result)
+        for sizes, (hidden, layers, _, feed_forward) in _llamas(result)
     )
 
 
@@ -129,11 +114,14 @@ CLAIMS = (
     ),
     Claim(
         statement="Figure 6: memory of the 4-bit base, 7B to 65B",
-        paper=" / ".join(f"{shape[-1]:,}" for shape in LLAMA.values()) + " MB",
+        paper=" / ".join(f"{bar:,}" for bar in BARS.values()) + " MB",
         criterion="below the figure's bars, which fit NF4 without double quantization and some overhead",
-        passes=lambda r: all(s["base_bytes"] / MIB < shape[-1] for _, s, shape in _llamas(r)),
+        passes=lambda r: all(
+            sizes["base_bytes"] / MIB < bar
+            for (sizes, _), bar in zip(_llamas(r), BARS.values(), strict=True)
+        ),
         measured=lambda r: (
-            " / ".join(f"{s['base_bytes'] / MIB:,.0f}" for _, s, _ in _llamas(r)) + " MiB"
+            " / ".join(f"{sizes['base_bytes'] / MIB:,.0f}" for sizes, _ in _llamas(r)) + " MiB"
         ),
     ),
     Claim(
@@ -165,13 +153,7 @@ def section(result: Result) -> str:
     header += ["whole base, MiB", f"LoRA r {RANK}"]
     return (
         "Real model classes on torch's meta device, quantized by `quantize_model`; nothing is allocated. The "
-        "whole base counts embeddings, output layer and norms in 16 bits.\n\n"
-        + table(header, rows)
-        + "\n\nFigure 6's model bars agree with NF4 *without* double quantization plus a near-constant "
-        "overhead of about 1.1 to 1.3 GB, and its adapters with a two-matrix feed-forward layer of width 4 d, "
-        "which LLaMA has not: the true adapters take "
-        + " / ".join(f"{2 * s['lora_parameters'] / MIB:,.1f}" for _, s, _ in _llamas(result))
-        + " MiB in 16 bits where the figure has 288 / 450 / 877.5 / 1440."
+        "whole base counts embeddings, output layer and norms in 16 bits.\n\n" + table(header, rows)
     )
 
 

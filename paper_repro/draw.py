@@ -63,6 +63,30 @@ def bits_per_parameter(bits: Mapping[str, float], path: Path) -> Path:
     return path
 
 
+def memory(
+    bars: Mapping[str, Mapping[str, Sequence[float]]], parts: Sequence[str], path: Path
+) -> Path:
+    """For each model a stack of parts in MiB for the paper and one for the planner."""
+    colors = (BLUE, ORANGE, "#e8b88a", LIGHT, GREY)
+    with _figure(path, height=4.2) as axes:
+        for place, stacks in enumerate(bars.values()):
+            for offset, sizes in zip((-0.21, 0.21), stacks.values(), strict=True):
+                bottom = 0.0
+                for part, size, color in zip(parts, sizes, colors, strict=True):
+                    label = part if place == 0 and offset < 0 else None
+                    axes.bar(place + offset, size / 1024, 0.38, bottom, color=color, label=label)
+                    bottom += size / 1024
+                axes.text(place + offset, bottom + 0.4, f"{bottom:.1f}", ha="center", color=GREY)
+        for gibibytes in (24, 48):
+            axes.axhline(gibibytes, color="black", linewidth=0.8, linestyle="--")
+            axes.text(-0.48, gibibytes + 0.4, f"{gibibytes} GiB")
+        ticks = [f"{model}\npaper | planned" for model in bars]
+        axes.set_xticks(range(len(bars)), ticks)
+        axes.set(ylabel="GiB", ylim=(0, 54))
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.12, 0.86))
+    return path
+
+
 def perplexity_bars(bars: Mapping[str, float], base: float, path: Path) -> Path:
     with _figure(path) as axes:
         colors = [ORANGE if label.startswith("NF4") else BLUE for label in bars]

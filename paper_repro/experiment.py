@@ -28,14 +28,15 @@ class Claim:
         statement: what the paper says.
         paper: its value.
         criterion: when it counts as reproduced, in words.
-        passes: the same in code; None for a claim that is only reported.
+        passes: the same in code; it returns None where what it needs has not run. None in its place for a
+            claim that is only reported.
         measured: the value found, in words.
     """
 
     statement: str
     paper: str
     criterion: str
-    passes: Callable[[Result], bool] | None
+    passes: Callable[[Result], bool | None] | None
     measured: Callable[[Result], str]
 
     def verdict(self, result: Result | None) -> str:
@@ -43,7 +44,10 @@ class Claim:
             return NOT_RUN
         if self.passes is None:
             return REPORTED
-        return REPRODUCED if self.passes(result) else NOT_REPRODUCED
+        passed = self.passes(result)
+        if passed is None:
+            return NOT_RUN
+        return REPRODUCED if passed else NOT_REPRODUCED
 
 
 @dataclass(frozen=True)

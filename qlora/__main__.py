@@ -1,4 +1,4 @@
-"""The command line: `qlora finetune | evaluate | generate | merge`, also `python -m qlora`."""
+"""The command line: `qlora quantize | finetune | evaluate | ...`, also `python -m qlora`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from qlora.recipe import TrainConfig
 from qlora.records import PROMPT_STYLES
 
 _BASE = ("format", "blocksize", "double_quant", "scale_format")
-_MODEL = "local Hugging Face model folder with *.safetensors (models are not downloaded)"
+_DENSE = "local Hugging Face model folder with *.safetensors (models are not downloaded)"
+_MODEL = f"{_DENSE}, or what qlora quantize made of one"
 _DATA = (
     "JSON Lines file, each line with prompt and completion, or instruction, input and output, or "
     "messages, or text; or a plain text file"
@@ -81,9 +82,26 @@ def _parser() -> argparse.ArgumentParser:
         epilog="'qlora COMMAND --help' explains a command and shows an example.",
     )
     parsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_finetune, _evaluate, _generate, _merge):
+    for add in (_quantize, _finetune, _evaluate, _generate, _merge, _memory):
         add(parsers)
     return parser
+
+
+def _quantize(parsers: Any) -> None:
+    parser = _command(
+        parsers,
+        commands.quantize,
+        "write a model in 4 bits, which loads in seconds",
+        """\
+        The weights are read, quantized and dropped one at a time: the dense model is never in
+        memory. OUT is then a MODEL for the other commands, with the same results to the last bit.
+        """,
+        "qlora quantize ./llama-7b ./llama-7b-nf4",
+    )
+    parser.add_argument("model", metavar="MODEL", help=_DENSE)
+    parser.add_argument("out", metavar="OUT", help="folder to write; it must be new or empty")
+    _add_fields(parser, QLoRAConfig, _BASE)
+    _add_device(parser)
 
 
 def _finetune(parsers: Any) -> None:
@@ -187,6 +205,36 @@ def _merge(parsers: Any) -> None:
     _add_base(parser)
 
 
+def _memory(parsers: Any) -> None:
+    parser = _command(
+        parsers,
+        commands.memory,
+        "what a training step will take, and which cards it fits",
+        """\
+        Nothing is loaded and nothing runs on a device: the sizes come from the model's shapes, quantized as they
+        would be, and from a training step in which every tensor has a size and no values. CUDA's own memory comes
+        on top, and is allowed for where cards are named.
+        """,
+        "qlora memory llama-65b --adapter-dtype bfloat16",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL_OR_SHAPE",
+        help="llama-7b, -13b, -33b or -65b; a model folder or config.json",
+    )
+    _add_number(parser, "--batch", 1, "examples that go through the model at once")
+    _add_number(parser, "--length", 512, "tokens of an example")
+    _add_number(parser, "--accumulation", 16, "micro-batches in one optimizer step")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="dtype of the computation (default: bfloat16)",
+    )
+    _add_fields(parser, TrainConfig, ("optimizer", "gradient_checkpointing", "offload_checkpoints"))
+    _add_fields(parser.add_argument_group("adapter and base"), QLoRAConfig)
+
+
 def _command(parsers: Any, run: Any, summary: str, text: str, example: str) -> Any:
     parser = parsers.add_parser(
         run.__name__,
@@ -225,7 +273,9 @@ def _add_number(parser: Any, flag: str, default: float, help: str) -> None:
 
 def _add_base(parser: Any) -> None:
     group = parser.add_argument_group(
-        "base", "by default as the adapter was trained; the defaults below where that is not known"
+        "base",
+        "by default as MODEL is in 4 bits, or as the adapter was trained; the defaults below where "
+        "that is not known",
     )
     _add_fields(group, QLoRAConfig, _BASE)
 

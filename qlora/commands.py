@@ -23,7 +23,7 @@ def finetune(args: Namespace) -> None:
     from qlora.train import train
 
     config = TrainConfig(**_given(args, TrainConfig))
-    lora = QLoRAConfig(**_given(args, QLoRAConfig))
+    lora = _on_base(args, QLoRAConfig())
     if Path(args.output).exists() and not Path(args.output).is_dir():
         raise ValueError(f"--output {args.output}: exists already and is not a folder")
     tokenizer = load_tokenizer(args.model)
@@ -91,6 +91,40 @@ def merge(args: Namespace) -> None:
     print(f"merged model written to {out}")
 
 
+def quantize(args: Namespace) -> None:
+    from qlora.pretrained import quantize_folder
+
+    config = QLoRAConfig(**_given(args, QLoRAConfig))
+    report = quantize_folder(args.model, args.out, config, _device(args))
+    print(report)
+    size = sum(path.stat().st_size for path in Path(args.out).iterdir())
+    print(f"written to {args.out}: {size:,} bytes ({size / 2**20:,.1f} MiB)")
+
+
+def memory(args: Namespace) -> None:
+    from qlora import fit
+    from qlora.shapes import model_config
+
+    for name, least in (("batch", 1), ("length", 2), ("accumulation", 1)):
+        if (value := getattr(args, name)) < least:
+            raise ValueError(f"--{name} must be at least {least}; got {value}")
+    lora = QLoRAConfig(**_given(args, QLoRAConfig))
+    train = TrainConfig(
+        micro_batch_size=args.batch,
+        max_length=args.length,
+        gradient_accumulation_steps=args.accumulation,
+        precision=args.dtype,
+        **_given(args, TrainConfig),
+    )
+    config = model_config(args.model)
+    title = (
+        f"{args.model}: {args.batch} x {args.length} tokens in {args.dtype}, adapters of rank {lora.rank} in "
+        f"{lora.adapter_dtype}, {train.optimizer}"
+    )
+    print(f"{title}\n\n{fit.table(config, lora, train)}\n", flush=True)
+    print(fit.cards(config, lora, train))
+
+
 def _load(args: Namespace, precision: str) -> torch.nn.Module:
     """The model that evaluate and generate ask for: with an adapter, or the base alone."""
     from qlora.adapters import enable_adapters
@@ -108,16 +142,26 @@ def _load(args: Namespace, precision: str) -> torch.nn.Module:
 def _base_config(args: Namespace) -> QLoRAConfig:
     """As the adapter was trained, but for what the command line says otherwise."""
     from qlora.adapters import BASE_CONFIG, read_config
+    from qlora.pretrained import base_settings
 
     config = read_config(args.adapter) if args.adapter else QLoRAConfig(rank=1)
-    given = _given(args, QLoRAConfig)
-    if args.adapter and "format" not in given and not Path(args.adapter, BASE_CONFIG).exists():
+    unknown = args.adapter and not Path(args.adapter, BASE_CONFIG).exists()
+    if unknown and "format" not in _given(args, QLoRAConfig) and not base_settings(args.model):
         print(
             f"qlora: {args.adapter} does not say which base it was trained on; {config.format} is "
             "assumed (--format none for a base that was not quantized)",
             file=sys.stderr,
         )
-    return replace(config, **given)
+    return _on_base(args, config)
+
+
+def _on_base(args: Namespace, config: QLoRAConfig) -> QLoRAConfig:
+    """A config with what the command line says, on the base that a folder in 4 bits holds."""
+    from qlora.pretrained import base_settings, check_base
+
+    config = replace(config, **base_settings(args.model) | _given(args, QLoRAConfig))
+    check_base(args.model, config)
+    return config
 
 
 def _given(args: Namespace, config: type, names: tuple[str, ...] | None = None) -> dict[str, Any]:

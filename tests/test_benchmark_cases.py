@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+import qlora
 from benchmarks import __main__ as program
 from benchmarks import (
     ceilings,
     decoder_cases,
     kernel_cases,
     layer_cases,
+    optimizer_cases,
     peers,
     results,
     step_cases,
@@ -35,7 +37,7 @@ GPU_CLOCKS = {
     "quantize": ("eager", "graph"),  # with the check for NaN, and without
     **dict.fromkeys(("dequantize", "forward", "layer", "crossover"), ("graph",)),
     "launch": ("host",),
-    **dict.fromkeys(("decoder", "step"), ("eager",)),
+    **dict.fromkeys(("decoder", "adamw", "step"), ("eager",)),
 }
 
 
@@ -61,7 +63,7 @@ def test_all_kernel_cases_run(
 ) -> None:
     monkeypatch.setattr(program, "useful_dtypes", lambda device: DTYPES)
     path = tmp_path / "result.json"
-    groups = "quantize,dequantize,forward,layer"
+    groups = "quantize,dequantize,forward,layer,adamw"
     arguments = ["--device", "cpu", "--quick", "--seconds", "0.001", "--only", groups]
     assert program.main([*arguments, "--output", str(path)]) == 0
     result = results.read(path)
@@ -159,6 +161,7 @@ def test_the_gpu_has_the_cases_that_are_aimed_at() -> None:
     cases = [*kernel_cases.kernel_cases(device, [torch.bfloat16], False)]
     cases += layer_cases.layer_cases(device, [torch.bfloat16], False)
     cases += decoder_cases.decoder_cases(device, [torch.bfloat16], False)
+    cases += optimizer_cases.optimizer_cases(device, False)
     cases += step_cases.step_cases(device, [torch.bfloat16], False)
     assert {case.group for case in cases} == set(suite.GROUPS)
     for case in cases:
@@ -200,6 +203,7 @@ def test_the_targets_on_a_gpu() -> None:
         **{f"forward {m}": more for m in (32, 128, 512)},
         **{f"layer {m}": training for m in (2048, 8192, 16384)},
         "decoder": {"PEFT over bitsandbytes NF4+DQ": 1.3},
+        "adamw": {"not paged": 0.95, "torch fused": 1.0, "copy of as many bytes": 0.80},
     }
     assert kernel_cases.MOST_TEMPORARY_BYTES == 64 * 2**20
 
@@ -268,6 +272,37 @@ def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured["copy_gb_per_s"] == pytest.approx(2 * 32 * 2**20 / 0.25 / 1e9)
 
 
+# --- The optimizer ----------------------------------------------------------------------------------
+
+
+def test_the_optimizers_bytes_and_shapes() -> None:
+    """28 bytes for each element of the adapters that a real model gets."""
+    config = {"hidden_size": 64, "intermediate_size": 160}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**config, vocab_size=32))
+    qlora.quantize_model(model, qlora.QLoRAConfig(rank=8))
+    shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
+    assert sorted(optimizer_cases.adapter_shapes(config, 8)) == sorted(shapes)
+    for kind, elements in {"cpu": 19_537_920, "cuda": 167_772_160}.items():
+        (case,) = optimizer_cases.optimizer_cases(torch.device(kind), quick=False)
+        assert case.bytes_moved == 28 * elements
+        names = [contender.name for contender in case.contenders]
+        assert ("not paged" in names) is ("bitsandbytes PagedAdamW" in names) is (kind == "cuda")
+
+
+def test_a_wrong_step_of_the_optimizer_is_refused() -> None:
+    (case,) = optimizer_cases.optimizer_cases(CPU, quick=True)
+    one, ours = case.inputs(0), case.contenders[0]
+    call = ours.prepare(one)
+    ours.check(one, call())
+    with pytest.raises(AssertionError, match="error"):
+        ours.check(one, call())  # a step too many
+    with pytest.raises(AssertionError, match="error"):
+        ours.check(one, one.params)  # none
+
+
 # --- Models -----------------------------------------------------------------------------------------
 
 
@@ -296,7 +331,7 @@ def test_the_step_runs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> N
     """All contenders agree with the fp64 oracle on the gradients of a small Llama."""
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    monkeypatch.setattr(step_cases, "_SMOLLM2", step_cases._SMOLLM2 | sizes | heads)
+    monkeypatch.setattr(step_cases, "SMOLLM2", step_cases.SMOLLM2 | sizes | heads)
     monkeypatch.setattr(step_cases, "LENGTH", 16)
     monkeypatch.setattr(step_cases, "cached_model", lambda: None)
     case = step_cases.step_cases(CPU, [dtype], quick=False)[0]
@@ -338,6 +373,13 @@ def test_a_layer_on_the_gpu(dropout: float) -> None:
     variant = Variant(device, torch.bfloat16, 512, 256, quick=True)
     timings = timings_of(layer_cases.layer_case(variant, 128, dropout))
     assert 0 <= timings[0].temporary_bytes <= kernel_cases.MOST_TEMPORARY_BYTES
+
+
+@pytest.mark.gpu
+def test_a_step_of_the_optimizer_on_the_gpu() -> None:
+    """Paged, not paged, in 8 bits, and the peers: all are right there."""
+    (case,) = optimizer_cases.optimizer_cases(torch.device("cuda"), quick=True)
+    timings_of(case)
 
 
 @pytest.mark.gpu

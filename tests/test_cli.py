@@ -30,6 +30,7 @@ RECIPE = [
     *("--micro-batch-size", "2", "--gradient-accumulation-steps", "2"),
     *("--max-length", "32", "--checkpoint-every", "10", "--device", "cpu"),
 ]
+BARS = ("Loading weights:", "load and quantize:", "load:")
 PROMPT = ["--prompt", "Hello", "--max-new-tokens", "3", "--device", "cpu"]
 
 
@@ -64,7 +65,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""
     shown = captured.err.splitlines()
-    lines = [line for line in shown if line and "Loading weights" not in line]
+    lines = [line for line in shown if line and not line.startswith(BARS)]
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("qlora: ")
     return lines[0]
@@ -147,6 +148,55 @@ def test_merge_writes_16_bit_and_a_tokenizer(place: Path, tmp_path: Path) -> Non
     assert [path.name for path in out.parent.iterdir()] == ["merged"]
 
 
+def test_a_folder_in_4_bits_takes_the_models_place(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, data, quantized = place / "model", place / "data.jsonl", tmp_path / "quantized"
+    base = ["--format", "int4", "--blocksize", "32", "--no-double-quant"]
+    capsys.readouterr()
+    assert main(["quantize", str(dense), str(quantized), *base, "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    size = sum(path.stat().st_size for path in quantized.iterdir())
+    assert f"written to {quantized}: {size:,} bytes" in captured.out
+    assert "bits per parameter        5.000" in captured.out
+    assert "load and quantize: 100%" in captured.err
+
+    results = []
+    for model, options in ((dense, base), (quantized, [])):
+        adapter, merged = tmp_path / f"{model.name}-adapter", tmp_path / f"{model.name}-merged"
+        arguments = _finetune_arguments(place, adapter)
+        assert main(["finetune", str(model), *arguments[1:], "--steps", "3", *options]) == 0
+        assert main(["merge", str(model), str(adapter), str(merged)]) == 0
+        capsys.readouterr()
+        assert main(["generate", str(model), "--adapter", str(adapter), *PROMPT]) == 0
+        results.append(
+            (
+                (adapter / "adapter_model.safetensors").read_bytes(),
+                (merged / "model.safetensors").read_bytes(),
+                (merged / "config.json").read_bytes(),
+                capsys.readouterr().out,
+                evaluated(capsys, model, data, *options),
+                evaluated(capsys, model, data, "--adapter", adapter),
+            )
+        )
+    assert results[0] == results[1]
+
+    (adapter / "qlora_config.json").unlink()
+    evaluated(capsys, quantized, data, "--adapter", adapter)
+    assert main(["merge", str(quantized), str(adapter), str(tmp_path / "merged")]) == 0
+    assert "does not say which base" not in capsys.readouterr().err, "the folder does"
+    for command in (
+        ("finetune", quantized, data, "--output", tmp_path / "new", "--blocksize", 64),
+        ("evaluate", quantized, data, "--format", "none"),
+        ("generate", quantized, *PROMPT, "--adapter", place / "adapter", "--double-quant"),
+        ("merge", quantized, place / "adapter", tmp_path / "new", "--format", "nf4"),
+    ):
+        said = mistake(capsys, *command)
+        assert f"{quantized}: is quantized already, with format='int4', blocksize=32" in said
+    assert "dense model is needed" in mistake(capsys, "quantize", quantized, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("style", ["plain", "instruction", "chat"])
 def test_sampling_is_repeated_by_its_seed(
     place: Path, capsys: pytest.CaptureFixture[str], style: str
@@ -218,7 +268,7 @@ def test_the_base_is_quantized_from_the_numbers_in_the_file(place: Path, precisi
 # What it teaches
 
 
-@pytest.mark.parametrize("command", ["finetune", "evaluate", "generate", "merge"])
+@pytest.mark.parametrize("command", ["quantize", "finetune", "evaluate", "generate", "merge"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
@@ -368,3 +418,24 @@ def test_other_mistakes_are_named(
         assert f"{option[2:].replace('-', '_')} must be" in said
     said = mistake(capsys, "generate", model, "--prompt", "")
     assert "prompt must have at least one token" in said
+
+
+def test_memory_says_what_a_step_takes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rank", "4", "--batch", "2", "--length", "64", "--dtype", "float32"]
+    assert main(["memory", str(place / "model"), *options]) == 0
+    out = capsys.readouterr().out
+    assert "2 x 64 tokens in float32, adapters of rank 4 in float32, paged_adamw_32bit" in out
+    assert "optimizer states" in out
+    assert "8 GiB  fits, 7.0 GiB to spare" in out
+
+
+def test_memory_explains_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "llama-65b, a config.json or a folder with one; got nothing" in mistake(
+        capsys, "memory", "nothing"
+    )
+    assert "max_length must be at most 2048" in mistake(
+        capsys, "memory", "llama-7b", "--length", "4096"
+    )
+    assert "--batch must be at least 1; got 0" in mistake(
+        capsys, "memory", "llama-7b", "--batch", "0"
+    )

@@ -19,7 +19,7 @@ from paper_repro import (
 )
 from paper_repro.experiment import NOT_REPRODUCED, NOT_RUN, REPRODUCED
 from paper_repro.registry import EXPERIMENTS
-from qlora import files
+from qlora import files, shapes
 from qlora.kernels.formats import FORMATS
 from tests import tiny
 
@@ -39,7 +39,7 @@ def test_nf4_follows_from_normal_quantiles() -> None:
     ],
 )
 def test_bytes_of_llama(name: str, base: int, lora: int) -> None:
-    hidden, layers, _, feed_forward, _ = bits.LLAMA[name]
+    hidden, layers, _, feed_forward = shapes.LLAMA[f"llama-{name.lower()}"]
     assert bits.llama_bytes(hidden, layers, feed_forward) == base
     assert 64 * layers * (8 * hidden + 3 * (hidden + feed_forward)) == lora
 
@@ -81,12 +81,33 @@ def _sizes(hidden: int, layers: int, feed_forward: int) -> dict[str, int]:
     }
 
 
+def _memory() -> dict[str, Any]:
+    """What the planner says of two parts of each model, and runs on a GPU that agree."""
+    totals = {"7b": 6e9, "13b": 10e9, "33b": 23.5e9, "65b": 44.3e9}
+    parts = dict.fromkeys(("scales", "dense", "adapters", "gradients", "activations"), 0)
+    parts |= {"temporaries": 0, "optimizer": int(1e9), "parameters": 65_285_660_672}
+    step = {"layers": 80, "step_seconds": 9.5, "resident_bytes": 3 << 30}
+    origin = {"device": "a GPU", "commit": "abc"}
+    runs = {
+        size: {
+            "on_gpu": True,
+            "depth": 80,
+            "peak_bytes": int(total),
+            "steps": [{**step, "peak_bytes": int(total), "planned_bytes": int(1.01 * total)}],
+            "measured_on": origin,
+        }
+        for size, total in totals.items()
+    }
+    models = {size: {**parts, "weights": int(total - 1e9)} for size, total in totals.items()}
+    return {"models": models, "inputs": {"without": 567, "with": 18}, "runs": runs}
+
+
 def passing_results() -> dict[str, Any]:
     """A result of each experiment in which every claim holds."""
     mse = {"nf4": 0.00846, "e2m1": 0.0112, "int4": 0.0116, "fp4": 0.0149, "e3m0": 0.0354}
     llamas = {
-        f"LLaMA-{name}": _sizes(hidden, layers, feed_forward)
-        for name, (hidden, layers, _, feed_forward, _) in bits.LLAMA.items()
+        name.replace("llama", "LLaMA").replace("b", "B"): _sizes(hidden, layers, feed_forward)
+        for name, (hidden, layers, _, feed_forward) in shapes.LLAMA.items()
     }
     variants = {"base": 18.2, "nf4": 23.4, "nf4+dq": 23.4, "fp4": 26.8, "int4": 27.2, "e2m1": 25.5}
     words = {"samples": ["some words | and more\nwords"]}
@@ -110,6 +131,7 @@ def passing_results() -> dict[str, Any]:
             "codebooks": {name: [-1.0, 0.0, 1.0] for name in datatypes.LABELS},
         },
         "bits": {"bits": {"nf4": 4.5, "nf4+dq": 4.126955}, "models": llamas},
+        "memory": _memory(),
         "table2": {
             "model": "a model",
             "blocksize": 64,
@@ -140,7 +162,7 @@ def passing_results() -> dict[str, Any]:
     }
 
 
-def _set(*path: str, to: float) -> Callable[[Any], None]:
+def _set(*path: str, to: Any) -> Callable[[Any], None]:
     def change(result: Any) -> None:
         for key in path[:-1]:
             result = result[key]
@@ -161,6 +183,13 @@ BREAKING: dict[str, list[Callable[[Any], None] | None]] = {
         _set("models", "LLaMA-13B", "base_bytes", to=7_201_419_361),
         _set("models", "LLaMA-65B", "base_bytes", to=40e9),
         _set("models", "LLaMA-7B", "lora_parameters", to=159_907_841),
+    ],
+    "memory": [
+        _set("models", "65b", "weights", to=47_100_000_000),
+        _set("runs", "33b", "peak_bytes", to=24 * 2**30),
+        _set("runs", "7b", "steps", to=[{"peak_bytes": 94, "planned_bytes": 100}]),
+        _set("models", "65b", "parameters", to=65e9),
+        _set("inputs", "with", to=30),
     ],
     "table2": [
         _set("perplexity", "int4", "perplexity", to=23.3),
@@ -216,7 +245,7 @@ def test_the_report_is_made_from_the_json_files_alone(tmp_path: Path) -> None:
     assert "4.127" in words
     assert "some words / and more words" in words
     assert f"{finetune.gap_closed(results['finetune']):.0%}" in words
-    for image in ("codebooks.png", "bits.png", "perplexity.png", "loss.png"):
+    for image in ("codebooks.png", "bits.png", "memory.png", "perplexity.png", "loss.png"):
         assert f"({image})" in words
         assert (tmp_path / image).stat().st_size > 5000
 
@@ -225,11 +254,24 @@ def test_the_report_says_what_was_not_run(tmp_path: Path) -> None:
     results = passing_results()
     _write_results(tmp_path, {"bits": results["bits"]})
     words = report.write(tmp_path).read_text()
-    assert "python -m paper_repro datatypes table2 finetune" in words
+    assert "python -m paper_repro datatypes memory table2 finetune" in words
     assert "## Table 2" not in words
     assert words.count("| not run |") == sum(
-        len(EXPERIMENTS[name].claims) for name in ("datatypes", "table2", "finetune")
+        len(EXPERIMENTS[name].claims) for name in ("datatypes", "memory", "table2", "finetune")
     )
+
+
+def test_what_needs_a_gpu_is_not_run_without_one() -> None:
+    result, claims = passing_results()["memory"], EXPERIMENTS["memory"].claims
+    for size in ("33b", "65b"):
+        result["runs"][size]["on_gpu"] = False
+    assert [claim.verdict(result) for claim in claims] == [
+        *(REPRODUCED, NOT_RUN, REPRODUCED, REPRODUCED, REPRODUCED)
+    ]
+    assert "(extrapolated)" in EXPERIMENTS["memory"].section(result)
+    result["runs"] = {}
+    assert [claim.verdict(result) for claim in claims][:3] == [REPRODUCED, NOT_RUN, NOT_RUN]
+    assert "No step was run" in EXPERIMENTS["memory"].section(result)
 
 
 def test_recovery_by_both_measures() -> None:

@@ -284,7 +284,7 @@ def test_the_list_states_every_criterion(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_an_unknown_experiment_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["table9"]) == 2
-    assert "table9; there are datatypes, bits, table2, finetune" in capsys.readouterr().err
+    assert "table9; there are datatypes, bits, memory, table2, finetune" in capsys.readouterr().err
 
 
 def test_a_failed_download_ends_with_its_advice(

@@ -45,7 +45,7 @@ def test_tensors_on_their_own() -> None:
 
 def test_every_command_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     commands = re.findall(r"^qlora (\w+) ", README, re.MULTILINE)
-    assert commands == ["finetune", "evaluate", "generate", "merge"]
+    assert commands == [*("finetune", "evaluate", "generate", "merge", "quantize", "memory")]
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

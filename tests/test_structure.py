@@ -21,6 +21,7 @@ MAX_LINES = 400
 SPINE = (
     "qlora.kernels.formats",
     "qlora.kernels.reference",
+    "qlora.kernels.reference_adamw",
     "qlora.kernels.ops",
     "qlora.quantized",
     "qlora.functional",
@@ -30,7 +31,7 @@ SPINE = (
     "qlora.train",
     "qlora.__main__",
 )
-WITHOUT_TRITON = ("formats", "checks", "reference", "cpu", "ops")
+WITHOUT_TRITON = ("formats", "checks", "reference", "reference_adamw", "cpu", "ops")
 
 # Source files whose tests are not in the test file of the same name.
 TESTED_BY = {
@@ -41,14 +42,16 @@ TESTED_BY = {
     "qlora/__init__.py": "test_structure.py",
     "qlora/__main__.py": "test_cli.py",
     "qlora/batching.py": "test_data.py",
+    "qlora/buckets.py": "test_paged.py",
     "qlora/commands.py": "test_cli.py",
     "qlora/evaluation.py": "test_train.py",
     "qlora/generate.py": "test_cli.py",
+    "qlora/paged_checks.py": "test_paged.py",
     "qlora/pretrained.py": "test_cli.py",
     "qlora/progress.py": "test_train.py",
     "qlora/recipe.py": "test_train.py",
-    "qlora/recompute.py": "test_train.py",
     "qlora/records.py": "test_data.py",
+    "qlora/shards.py": "test_loading.py",
 }
 
 

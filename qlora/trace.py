@@ -1,0 +1,150 @@
+"""Which memory a computation takes, told from the tensors that it makes: on any device, the meta device too.
+
+On the meta device nothing is computed and nothing allocated, and yet the same tensors come and go as in a
+real step, so that its peak is known before anything runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class AllocationTrace(TorchDispatchMode):
+    """Within the block, take down when the memory of each new tensor comes and goes.
+
+    Only what lies on `device` is counted. What an operator takes and gives back inside (a kernel's scratch memory) is not seen, nor are tensors that
+    were there before.
+
+    Args:
+        device: the kind of device, "meta" or "cpu" or "cuda".
+        phase: a name that memory made from now on is filed under.
+    """
+
+    def __init__(self, device: str, phase: str = "") -> None:
+        super().__init__()
+        self.device, self.phase = device, phase
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._made: list[tuple[str, int]] = []  # phase and bytes of each storage
+        self._events: list[tuple[int, int]] = []  # (storage, +1 or -1)
+
+    def exclude(self, *tensors: Tensor) -> None:
+        """Do not count these, which were there before the trace began."""
+        for tensor in tensors:
+            self._known[tensor.untyped_storage()] = -1
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor) and result.device.type == self.device:
+                self._see(result.untyped_storage())
+        return results
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        number = self._known[storage] = len(self._made)
+        self._made.append((self.phase, storage.nbytes()))
+        self._events.append((number, 1))
+        weakref.finalize(storage, self._events.append, (number, -1)).atexit = False
+
+    def number(self, tensor: Tensor) -> int:
+        """What the tensor's memory is called in `highest`; -1 if it is not counted."""
+        return self._known.get(tensor.untyped_storage(), -1)
+
+    def highest(self, numbers: Collection[int]) -> int:
+        """The most bytes of these that were alive at once."""
+        live = highest = 0
+        for number, sign in self._events:
+            if number in numbers:
+                live += sign * self._made[number][1]
+                highest = max(highest, live)
+        return highest
+
+    def peak(self, groups: Mapping[str, Iterable[Tensor]] | None = None) -> Counter[str]:
+        """Bytes alive at the moment when they were the most, by phase.
+
+        Args:
+            groups: tensors to be counted under a name of their own instead, as far as they were alive then.
+        """
+        names = [phase for phase, _ in self._made]
+        for name, tensors in (groups or {}).items():
+            for tensor in tensors:
+                if (number := self.number(tensor)) >= 0:
+                    names[number] = name
+        alive: Counter[str] = Counter()
+        most: Counter[str] = Counter()
+        live = highest = 0
+        for number, sign in self._events:
+            change = sign * self._made[number][1]
+            live += change
+            alive[names[number]] += change
+            if live > highest:
+                highest, most = live, alive.copy()
+        return most
+
+    def live(self) -> int:
+        """Bytes alive now."""
+        return sum(sign * self._made[number][1] for number, sign in self._events)
+
+
+class FullBatch(TorchDispatchMode):
+    """Answers what a model asks of a mask on the meta device, which has no values: all is true, nothing is padded."""
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The memory of fused attention, without its values (Dao et al. 2022, FlashAttention, section 3.1).
+
+    It keeps its inputs, its output and one fp32 number per query, and never the square of scores.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, _ = query.shape
+        # As the kernels lay it out: what follows joins the heads, which then takes no copy.
+        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """On the meta device torch spells attention out, with all its scores; devices have a fused kernel.
+
+    The function is replaced, not intercepted by a mode: modes of that kind are off in the backward pass,
+    where checkpointed blocks run again.
+    """
+    before = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _FusedAttention.apply(query, key, value)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before
