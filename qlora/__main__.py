@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from qlora import commands
-from qlora.config import QLoRAConfig
+from qlora.config import BASE_FIELDS, QLoRAConfig
 from qlora.recipe import TrainConfig
 from qlora.records import PROMPT_STYLES
 
-_BASE = ("format", "blocksize", "double_quant", "scale_format")
 _DENSE = "local Hugging Face model folder with *.safetensors (models are not downloaded)"
 _MODEL = f"{_DENSE}, or what qlora quantize made of one"
 _DATA = (
@@ -100,7 +99,7 @@ def _quantize(parsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=_DENSE)
     parser.add_argument("out", metavar="OUT", help="folder to write; it must be new or empty")
-    _add_fields(parser, QLoRAConfig, _BASE)
+    _add_fields(parser, QLoRAConfig, BASE_FIELDS)
     _add_device(parser)
 
 
@@ -277,7 +276,7 @@ def _add_base(parser: Any) -> None:
         "by default as MODEL is in 4 bits, or as the adapter was trained; the defaults below where "
         "that is not known",
     )
-    _add_fields(group, QLoRAConfig, _BASE)
+    _add_fields(group, QLoRAConfig, BASE_FIELDS)
 
 
 def _add_fields(parser: Any, config: type, names: Iterable[str] | None = None) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from qlora import files
-from qlora.config import QLoRAConfig
+from qlora.config import BASE_FIELDS, QLoRAConfig
 from qlora.modules import LoRALayer, QLoRALinear
 
 CONFIG = "adapter_config.json"
@@ -28,7 +28,6 @@ BASE_CONFIG = "qlora_config.json"
 
 _PREFIX = "base_model.model."
 _FACTORS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}  # ours and PEFT's names
-_BASE_FIELDS = ("format", "blocksize", "double_quant", "scale_format")
 _FINGERPRINT = "fingerprint"
 _SAMPLES = 1 << 16  # of a layer's weight, in its fingerprint
 
@@ -61,7 +60,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     layers = _adapted_layers(model)
     settings = adapter_settings(model)
-    base = {name: settings[name] for name in _BASE_FIELDS if name in settings}
+    base = {name: settings[name] for name in BASE_FIELDS if name in settings}
     files.write_tensors(path / WEIGHTS, _by_key(layers))
     files.write_json(path / CONFIG, _peft_config(model, layers))
     files.write_json(path / BASE_CONFIG, base | {_FINGERPRINT: base_fingerprint(model)})
@@ -196,10 +195,10 @@ def plain_name(name: str) -> str:
 def _layer_settings(layer: LoRALayer) -> dict[str, Any]:
     adapter = {"rank": layer.rank, "scaling": layer.scaling, "dropout": layer.dropout}
     dtype = {"dtype": str(layer.lora_a.dtype).removeprefix("torch.")}
-    return adapter | dtype | _base_settings(layer)
+    return adapter | dtype | base_settings(layer)
 
 
-def _base_settings(layer: LoRALayer) -> dict[str, Any]:
+def base_settings(layer: LoRALayer) -> dict[str, Any]:
     """Fields of QLoRAConfig that say what the base is."""
     if not isinstance(layer, QLoRALinear):
         return {"format": None}
@@ -232,7 +231,7 @@ def _by_key(layers: Mapping[str, LoRALayer]) -> dict[str, nn.Parameter]:
 def _read_base(path: Path) -> dict[str, Any]:
     """What the folder says of the base; nothing in a folder of PEFT's."""
     base = files.read_json(path / BASE_CONFIG) if (path / BASE_CONFIG).exists() else {}
-    if unknown := base.keys() - {*_BASE_FIELDS, _FINGERPRINT}:
+    if unknown := base.keys() - {*BASE_FIELDS, _FINGERPRINT}:
         raise ValueError(f"{path / BASE_CONFIG}: unknown field {sorted(unknown)[0]!r}")
     return base
 

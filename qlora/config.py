@@ -12,6 +12,9 @@ from qlora.kernels import formats
 
 ALL_LINEAR = "all-linear"
 
+BASE_FIELDS = ("format", "blocksize", "double_quant", "scale_format")
+"""The fields of QLoRAConfig that say how the base is quantized."""
+
 ADAPTER_DTYPES = ("float32", "bfloat16")
 
 _MAX_RANK = 256

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora import files, shards
-from qlora.config import QLoRAConfig
+from qlora.adapters import base_settings
+from qlora.config import BASE_FIELDS, QLoRAConfig
 from qlora.convert import QuantizationReport
 from qlora.loading import (
     Convert,
@@ -33,7 +34,6 @@ from qlora.progress import Progress
 
 METHOD = "qlora"
 STEM = "quantized"  # of the files; where transformers finds no "model", it makes no random one
-BASE_FIELDS = ("format", "blocksize", "double_quant", "scale_format")
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -199,7 +199,7 @@ def save(model: nn.Module, source: Path, folder: Path) -> None:
 def _describe(model: nn.Module, source: Path) -> dict[str, Any]:
     """The fields of Settings, as JSON holds them."""
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QLoRALinear)]
-    bases = [_base_of(layer) for _, layer in layers]
+    bases = [base_settings(layer) for _, layer in layers]
     if not bases or any(base != bases[0] for base in bases):
         raise ValueError("model must hold quantized layers, all with the same format and scales")
     dtypes = {f"{name}.weight": layer.base_dtype for name, layer in layers}
@@ -218,13 +218,6 @@ def _describe(model: nn.Module, source: Path) -> dict[str, Any]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _base_of(layer: QLoRALinear) -> dict[str, Any]:
-    base = {"format": layer.format, "blocksize": layer.blocksize}
-    if not layer.scale_format:
-        return base | {"double_quant": False}
-    return base | {"double_quant": True, "scale_format": layer.scale_format}
 
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
