@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from paper_repro import assets, draw, model
+from paper_repro import assets, draw, memory, model
 from paper_repro.experiment import Claim, Experiment, Result, table
 from paper_repro.lab import Lab
 from qlora import QLoRAConfig, quantize_4bit, quantize_model, shapes
 
 MIB = 2**20
 # Figure 6's bars for the model, in MB.
-BARS = {"7B": 5046, "13B": 8476, "33B": 19302, "65B": 37074}
+BARS = {size.upper(): bars[0] for size, bars in memory.FIGURE6.items()}
 PAPER_BITS = {"nf4": 4.5, "nf4+dq": 4.127}
 RANK = 64
 

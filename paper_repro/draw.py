@@ -76,10 +76,12 @@ def memory(
                     label = part if place == 0 and offset < 0 else None
                     axes.bar(place + offset, size / 1024, 0.38, bottom, color=color, label=label)
                     bottom += size / 1024
-                axes.text(place + offset, bottom + 0.4, f"{bottom:.1f}", ha="center", color=GREY)
+                over = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                label = f"{bottom:.1f}"
+                axes.text(place + offset, bottom + 0.5, label, ha="center", color=GREY, bbox=over)
         for gibibytes in (24, 48):
             axes.axhline(gibibytes, color="black", linewidth=0.8, linestyle="--")
-            axes.text(-0.48, gibibytes + 0.4, f"{gibibytes} GiB")
+            axes.text(-0.48, gibibytes + 0.4, f"{gibibytes} GiB", color="black")
         ticks = [f"{model}\npaper | planned" for model in bars]
         axes.set_xticks(range(len(bars)), ticks)
         axes.set(ylabel="GiB", ylim=(0, 54))

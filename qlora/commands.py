@@ -118,11 +118,11 @@ def memory(args: Namespace) -> None:
     )
     config = model_config(args.model)
     title = (
-        f"{args.model}: {args.batch} x {args.length} tokens in {args.dtype}, adapters of rank {lora.rank} in "
-        f"{lora.adapter_dtype}, {train.optimizer}"
+        f"{args.model}: {args.batch} x {args.length} tokens in {args.dtype}, {args.accumulation} times a step; "
+        f"adapters of rank {lora.rank} in {lora.adapter_dtype}; {train.optimizer}"
     )
-    print(f"{title}\n\n{fit.table(config, lora, train)}\n", flush=True)
-    print(fit.cards(config, lora, train))
+    for part in (title, *fit.report(config, lora, train)):
+        print(f"{part}\n", flush=True)
 
 
 def _load(args: Namespace, precision: str) -> torch.nn.Module:

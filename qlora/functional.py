@@ -99,7 +99,7 @@ def qlora_linear(
         ValueError, TypeError: a shape, dtype or device that does not fit; the message names the argument.
     """
     n, k = _check_arguments(x, q, lora_a, lora_b)
-    x = _autocast(x)
+    x = in_autocast_dtype(x)
     if lora_a is None or lora_b is None:
         lora_a, lora_b, dropout = x.new_empty(0, k), x.new_empty(n, 0), 0.0
     rng = torch.randint(2**31, (2,), device=x.device) if dropout else None
@@ -122,7 +122,7 @@ def qlora_linear(
     return y.view(*x.shape[:-1], n)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def in_autocast_dtype(x: Tensor) -> Tensor:
     """x in autocast's dtype where that is on; as everywhere in torch, fp64 and integers are left alone."""
     kind = x.device.type
     castable = x.is_floating_point() and x.dtype != torch.float64

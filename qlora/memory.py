@@ -17,17 +17,18 @@ import torch
 
 from qlora.config import QLoRAConfig
 from qlora.convert import quantize_model
-from qlora.evaluation import module_modes, summed_loss
+from qlora.evaluation import max_positions, module_modes, summed_loss
 from qlora.kernels import tuning
 from qlora.modules import QLoRALinear
 from qlora.paged import state_bytes
 from qlora.recipe import TrainConfig
 from qlora.recompute import recomputing
 from qlora.shapes import meta_model
-from qlora.trace import AllocationTrace, FullBatch, fused_attention
+from qlora.trace import AllocationTrace, FullBatch, as_on_a_gpu
 
-CUBLAS_WORKSPACE = 32 * 2**20
-"""What torch gives cuBLAS on an H100; 8 MiB before."""
+CUBLAS_WORKSPACE = 2 * 32 * 2**20
+"""What torch gives cuBLAS on an H100, in the thread of the forward pass and in that of the backward pass; a quarter
+on cards before it."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ def plan_memory(
         train: the recipe; by default Guanaco's. The precision "auto" means bfloat16.
 
     Raises:
-        ValueError: the model takes no such length, or `target_modules` matches nothing.
+        ValueError: the model takes no such length, `target_modules` matches nothing, or a step of the model
+            cannot be worked out on the meta device.
     """
     lora, train = lora or QLoRAConfig(), train or TrainConfig()
-    dtype = torch.float32 if train.precision == "float32" else torch.bfloat16
-    _check_length(config, train.max_length)
-    model = meta_model(config, dtype)
+    model = meta_model(config, _dtype(train))
+    _check_length(model, train.max_length)
     quantize_model(model, lora)
     adapters = [p for p in model.parameters() if p.requires_grad]
     peak = _peak_of_step(model, adapters, train)
@@ -94,7 +95,7 @@ def plan_memory(
         ),
         gradients=peak["gradients"],
         activations=peak["forward"],
-        temporaries=peak["backward"] + _workspace(train.micro_batch_size * train.max_length),
+        temporaries=peak["backward"] + _workspace(model, train),
     )
 
 
@@ -121,9 +122,12 @@ def optimizer_bytes(sizes: Sequence[int], optimizer: str, dtype: torch.dtype) ->
     return state_bytes(sizes, bits=8 if optimizer == "paged_adamw_8bit" else 32)
 
 
-def _check_length(config: Any, length: int) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
+def _dtype(train: TrainConfig) -> torch.dtype:
+    return torch.float32 if train.precision == "float32" else torch.bfloat16
+
+
+def _check_length(model: torch.nn.Module, length: int) -> None:
+    if length > (limit := max_positions(model)):
         raise ValueError(f"max_length must be at most {limit} for this model; got {length}")
 
 
@@ -137,7 +141,12 @@ def _peak_of_step(
         for parameter in adapters:
             parameter.grad = torch.empty_like(parameter)
             trace.exclude(parameter.grad)
-    trace_step(model, train, trace)
+    try:
+        trace_step(model, train, trace)
+    except Exception as error:  # in a model's own code, which may do anything
+        reason = str(error).strip().split("\n")[0][:200]
+        name = type(model).__name__
+        raise ValueError(f"config: a step of {name} cannot be worked out ({reason})") from error
     gradients = [parameter.grad for parameter in adapters if parameter.grad is not None]
     peak = trace.peak({"gradients": gradients})
     if accumulated:
@@ -160,7 +169,7 @@ def trace_step(model: torch.nn.Module, train: TrainConfig, trace: AllocationTrac
     with (
         module_modes(model, training=True),
         recomputing(model, train.gradient_checkpointing, train.offload_checkpoints),
-        fused_attention(),
+        as_on_a_gpu(_dtype(train)),
         FullBatch(),
         trace,
     ):
@@ -170,6 +179,9 @@ def trace_step(model: torch.nn.Module, train: TrainConfig, trace: AllocationTrac
         loss.backward()
 
 
-def _workspace(tokens: int) -> int:
+def _workspace(model: torch.nn.Module, train: TrainConfig) -> int:
     """Scratch memory that the kernels take and give back: cuBLAS', and a slab of decoded weight."""
-    return CUBLAS_WORKSPACE + (tuning.SLAB_BYTES if tokens >= tuning.MANY_TOKENS else 0)
+    layers = [module for module in model.modules() if isinstance(module, QLoRALinear)]
+    largest = max((layer.weight.numel for layer in layers), default=0) * _dtype(train).itemsize
+    many = train.micro_batch_size * train.max_length >= tuning.MANY_TOKENS
+    return CUBLAS_WORKSPACE + (min(tuning.SLAB_BYTES, largest) if many else 0)

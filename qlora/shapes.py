@@ -55,15 +55,18 @@ def _llama(hidden: int, depth: int, heads: int, feed_forward: int, layers: int |
 
 def _read_config(path: Path) -> Any:
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     fields = files.read_json(path)
     fields.pop("quantization_config", None)  # a base in 4 bits has the shapes of its dense original
     kind = fields.pop("model_type", None)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"{path}: model_type must be a causal language model's; got {kind!r}")
     try:
         return AutoConfig.for_model(kind, **fields)
-    except (ValueError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: not a model that transformers knows ({reason})") from error
+    except Exception as error:  # what is raised differs from one config to the next
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(f"{path}: transformers cannot read it ({reason})") from error
 
 
 def meta_model(config: Any, dtype: torch.dtype) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from qlora import functional
 
 
 class AllocationTrace(TorchDispatchMode):
@@ -117,34 +119,76 @@ class _FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        batch, heads, length, _ = query.shape
-        # As the kernels lay it out: what follows joins the heads, which then takes no copy.
-        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        same = query.shape[-1] == value.shape[-1]
+        # Laid out as the query is: where heads lie side by side, they are joined without a copy.
+        out = (
+            torch.empty_like(query) if same else query.new_empty(*query.shape[:-1], value.shape[-1])
+        )
         log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, log_sums)
+        # A mask of true and false becomes numbers to add.
+        bias = mask.to(query.dtype) if mask is not None and mask.dtype == torch.bool else mask
+        ctx.save_for_backward(query, key, value, out, log_sums, bias)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    return _FusedAttention.apply(query, key, value, attn_mask)
+
+
+# What autocast does on a GPU, as far as language models go; see torch's page on its op-specific behaviour.
+_IN_16_BITS = (
+    *((functional, "in_autocast_dtype"), (F, "linear")),
+    *((torch, name) for name in ("matmul", "bmm", "baddbmm")),
+    *((Tensor, name) for name in ("matmul", "__matmul__", "bmm", "baddbmm")),
+)
+_IN_32_BITS = (
+    *((F, "layer_norm"), (F, "softmax"), (torch, "softmax"), (torch, "pow"), (torch, "rsqrt")),
+    *((Tensor, name) for name in ("softmax", "pow", "__pow__", "rsqrt")),
+)
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
-    """On the meta device torch spells attention out, with all its scores; devices have a fused kernel.
+def as_on_a_gpu(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, the meta device makes the tensors that a GPU makes: fused attention, and autocast to `dtype`.
 
-    The function is replaced, not intercepted by a mode: modes of that kind are off in the backward pass,
-    where checkpointed blocks run again.
+    Left alone it spells attention out, with all its scores, and knows no autocast. Functions are replaced, not
+    intercepted by a mode: modes of that kind are off in the backward pass, where checkpointed blocks run again.
     """
-    before = F.scaled_dot_product_attention
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        return _FusedAttention.apply(query, key, value)
-
-    F.scaled_dot_product_attention = attention
-    try:
+    with ExitStack() as stack:
+        _replace(stack, F, "scaled_dot_product_attention", _attention)
+        if dtype != torch.float32:
+            for kind, places in ((dtype, _IN_16_BITS), (torch.float32, _IN_32_BITS)):
+                for owner, name in places:
+                    _replace(stack, owner, name, _cast_to(kind, getattr(owner, name)))
         yield
-    finally:
-        F.scaled_dot_product_attention = before
+
+
+def _replace(stack: ExitStack, owner: Any, name: str, function: Callable[..., Any]) -> None:
+    if name in vars(owner):
+        stack.callback(setattr, owner, name, vars(owner)[name])
+    else:  # it is a base class's
+        stack.callback(delattr, owner, name)
+    setattr(owner, name, function)
+
+
+def _cast_to(dtype: torch.dtype, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with floating point arguments in `dtype`."""
+
+    def cast(argument: Any) -> Any:
+        castable = (
+            isinstance(argument, Tensor) and argument.is_meta and argument.is_floating_point()
+        )
+        return argument.to(dtype) if castable else argument
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+    return call

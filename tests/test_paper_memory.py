@@ -76,8 +76,18 @@ def test_a_run_is_kept_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     path = memory.take_step("7b")
     assert json.loads(path.read_text())["measured_on"]["commit"]
     result = memory.run(lab)
-    assert memory.section(result).count("(extrapolated)") == 1
-    assert "random weights of the true width" in memory.section(result)
+    assert memory.section(result).count("extrapolated)") == 1
+    assert "with other code" not in memory.section(result)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"library": "another"}))
+    assert "with other code" in memory.section(memory.run(lab))
+
+
+def test_a_gpus_run_is_preferred(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "OUT", tmp_path)
+    for kind in ("cpu", "cuda"):
+        run = {"library": "", "steps": [], "on_gpu": kind == "cuda"}
+        (tmp_path / f"memory-run-65b-{kind}.json").write_text(json.dumps(run))
+    assert memory.run(Lab(tmp_path / "cache"))["runs"]["65b"]["on_gpu"]
 
 
 def test_run_goes_with_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,11 +95,14 @@ def _memory() -> dict[str, Any]:
             "peak_bytes": int(total),
             "steps": [{**step, "peak_bytes": int(total), "planned_bytes": int(1.01 * total)}],
             "measured_on": origin,
+            "is_stale": False,
         }
         for size, total in totals.items()
     }
     models = {size: {**parts, "weights": int(total - 1e9)} for size, total in totals.items()}
-    return {"models": models, "inputs": {"without": 567, "with": 18}, "runs": runs}
+    inputs = {"without": 567, "with": 18}
+    single = [47_490_000_000, 48_200_000_000]
+    return {"models": models, "65b in fp32": single, "inputs": inputs, "runs": runs}
 
 
 def passing_results() -> dict[str, Any]:
@@ -263,15 +266,23 @@ def test_the_report_says_what_was_not_run(tmp_path: Path) -> None:
 
 def test_what_needs_a_gpu_is_not_run_without_one() -> None:
     result, claims = passing_results()["memory"], EXPERIMENTS["memory"].claims
-    for size in ("33b", "65b"):
-        result["runs"][size]["on_gpu"] = False
-    assert [claim.verdict(result) for claim in claims] == [
-        *(REPRODUCED, NOT_RUN, REPRODUCED, REPRODUCED, REPRODUCED)
-    ]
-    assert "(extrapolated)" in EXPERIMENTS["memory"].section(result)
+    for run in result["runs"].values():
+        run["on_gpu"] = False
+    without = [REPRODUCED, NOT_RUN, NOT_RUN, REPRODUCED, REPRODUCED]
+    assert [claim.verdict(result) for claim in claims] == without
+    assert EXPERIMENTS["memory"].section(result).count("extrapolated") == 4
     result["runs"] = {}
-    assert [claim.verdict(result) for claim in claims][:3] == [REPRODUCED, NOT_RUN, NOT_RUN]
+    assert [claim.verdict(result) for claim in claims] == without
     assert "No step was run" in EXPERIMENTS["memory"].section(result)
+
+
+def test_one_model_beyond_its_limit_is_enough() -> None:
+    result, claims = passing_results()["memory"], EXPERIMENTS["memory"].claims
+    del result["runs"]["33b"]
+    assert claims[1].verdict(result) == NOT_RUN
+    assert "44.30 GB; needs a GPU: `memory --model 33b --run`" in claims[1].measured(result)
+    result["runs"]["65b"]["peak_bytes"] = 48 * 10**9
+    assert claims[1].verdict(result) == NOT_REPRODUCED
 
 
 def test_recovery_by_both_measures() -> None:

@@ -58,6 +58,10 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config.json: no such file"):
         model_config(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text('{"model_type": "unheard-of"}')
-    with pytest.raises(ValueError, match=r"config.json: not a model that transformers knows"):
+    for kind in ("unheard-of", "t5"):
+        path.write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(ValueError, match=rf"model_type must be a causal .*; got '{kind}'"):
+            model_config(path)
+    path.write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
+    with pytest.raises(ValueError, match=r"config.json: transformers cannot read it \("):
         model_config(path)

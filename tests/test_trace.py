@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora.evaluation import summed_loss
-from qlora.trace import AllocationTrace, fused_attention
+from qlora.trace import AllocationTrace, as_on_a_gpu
 from tests import tiny
 
 
@@ -68,14 +68,45 @@ def test_a_meta_device_shows_what_a_cpu_does() -> None:
 
 def test_fused_attention_keeps_no_square() -> None:
     heads = torch.empty(2, 4, 512, 16, device="meta", requires_grad=True)
-    before = F.scaled_dot_product_attention
-    with fused_attention(), AllocationTrace("meta") as trace:
+    with as_on_a_gpu(torch.float32), AllocationTrace("meta") as trace:
         trace.exclude(heads)
         out = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=None, is_causal=True)
         assert trace.live() == 4 * 2 * 4 * 512 * (16 + 1)
         out.sum().backward()
-    assert F.scaled_dot_product_attention is before
     assert heads.grad.shape == heads.shape
+
+
+def test_a_mask_of_true_and_false_is_kept_as_numbers() -> None:
+    heads = torch.empty(1, 2, 64, 16, device="meta", requires_grad=True)
+    mask = torch.ones(64, 64, dtype=torch.bool, device="meta")
+    with as_on_a_gpu(torch.float32), AllocationTrace("meta") as trace:
+        trace.exclude(heads, mask)
+        out = F.scaled_dot_product_attention(heads, heads, heads, mask)
+    assert trace.live() == out.nbytes + 4 * 2 * 64 + 4 * 64 * 64
+
+
+def test_autocast_as_on_a_gpu() -> None:
+    x = torch.empty(3, 8, dtype=torch.bfloat16, device="meta")
+    single = x.float()
+    with as_on_a_gpu(torch.bfloat16):
+        assert F.linear(single, x).dtype == (single @ x.mT).dtype == torch.bfloat16
+        assert F.layer_norm(x, (8,)).dtype == torch.float32
+        assert x.pow(2).dtype == (x**2).dtype == torch.pow(x, 2).dtype == torch.float32
+        assert x.softmax(-1).dtype == torch.float32
+        assert (x + x).dtype == torch.bfloat16
+        assert torch.ones(2, dtype=torch.bfloat16).pow(2).dtype == torch.bfloat16  # not meta
+    with as_on_a_gpu(torch.float32):
+        assert F.linear(single, single).dtype == torch.float32
+        assert x.pow(2).dtype == torch.bfloat16
+
+
+def test_torch_is_as_it_was() -> None:
+    functions = (F.scaled_dot_product_attention, F.layer_norm, torch.pow, torch.Tensor.pow)
+    own = set(vars(torch.Tensor))
+    with pytest.raises(ZeroDivisionError), as_on_a_gpu(torch.bfloat16):
+        1 / 0  # noqa: B018
+    assert (F.scaled_dot_product_attention, F.layer_norm, torch.pow, torch.Tensor.pow) == functions
+    assert set(vars(torch.Tensor)) == own
 
 
 def test_the_profiler_counts_the_same() -> None:
