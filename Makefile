@@ -3,15 +3,16 @@
 # make lint    style and format
 # make bench   time what this machine can run, against what is installed
 # make gpu     GPU tests, then benchmarks, on the machine's own Python: nothing is installed
+# make gpu-65b a training step of LLaMA-65B's shapes below 48 GB, and of 33B's below 24 GiB; likewise
 #
-# All but the last make .venv first. PYTHON=python3.12 chooses the interpreter, of .venv or for `make gpu`.
+# All but the last two make .venv first. PYTHON=python3.12 chooses the interpreter, of .venv or for `make gpu`.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help repro test gpu-test lint format bench gpu clean
+.PHONY: help repro test gpu-test lint format bench gpu gpu-65b has-gpu clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -46,13 +47,19 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
 # A test that fails does not keep the rest from being timed: the benchmarks check each result themselves.
-gpu:
-	@$(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || \
-		{ echo "make gpu: $(PYTHON) must have torch and see a CUDA GPU, and does not" >&2; exit 1; }
+gpu: has-gpu
 	@failed=0; \
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu -q || failed=1; \
 	$(PYTHON) -m benchmarks || failed=1; \
 	exit $$failed
+
+gpu-65b: has-gpu
+	$(PYTHON) -m paper_repro memory --model 33b --run
+	$(PYTHON) -m paper_repro memory --model 65b --run
+
+has-gpu:
+	@$(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || \
+		{ echo "make gpu: $(PYTHON) must have torch and see a CUDA GPU, and does not" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 MAY_LACK = ("bitsandbytes", "torchao", "gguf", "ruff")
 
@@ -28,14 +30,15 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_help_explains_the_commands_and_nothing_else() -> None:
     printed = run("make", "help").stdout
-    assert re.findall(r"^make (\w+) ", printed, re.MULTILINE) == [
-        *("repro", "test", "lint", "bench", "gpu")
+    assert re.findall(r"^make ([\w-]+) ", printed, re.MULTILINE) == [
+        *("repro", "test", "lint", "bench", "gpu", "gpu-65b")
     ]
     assert printed.rstrip().endswith("`make gpu`.")
 
 
-def test_without_a_gpu_make_gpu_says_so_and_runs_nothing() -> None:
-    result = run("make", "gpu", f"PYTHON={sys.executable}", CUDA_VISIBLE_DEVICES="")
+@pytest.mark.parametrize("target", ["gpu", "gpu-65b"])
+def test_without_a_gpu_make_gpu_says_so_and_runs_nothing(target: str) -> None:
+    result = run("make", target, f"PYTHON={sys.executable}", CUDA_VISIBLE_DEVICES="")
     assert result.returncode != 0
     assert "must have torch and see a CUDA GPU" in result.stderr
     assert result.stdout == ""
