@@ -82,7 +82,7 @@ def _store_state(
     left,
     SIGNED: tl.constexpr,
 ):
-    """The inverse of `_load_state`."""
+    """The inverse of `_load_state`; `left` elements of the tile, TILE at most, are the parameter's."""
     if absmax_ptr is not None:
         BLOCKS: tl.constexpr = TILE // BLOCKSIZE
         # Past the end everything was zero, and the moments still are.
@@ -207,11 +207,16 @@ def adamw(
     """See `reference_adamw.adamw`."""
     device, dtype = exp_avg.device, params[0].dtype
     work = _work(tuple(param.numel() for param in params), device)
-    if not len(work) or all(grad is None for grad in grads):
+    pairs = zip(params, grads, strict=True)
+    written = [param for param, grad in pairs if grad is not None and param.numel()]
+    if not written:
         return
     # What has gaps is updated in a copy. The copies live until the launch, which is all that is needed on a stream.
-    dense_params = [param.contiguous() for param in params]
     dense_grads = [None if grad is None else grad.contiguous() for grad in grads]
+    dense_params = [
+        param if grad is None else param.contiguous()
+        for param, grad in zip(params, grads, strict=True)
+    ]
     table = _table(dense_params, dense_grads, scalars, rng)
     with torch.cuda.device_of(exp_avg):
         _adamw_kernel[(len(work),)](
@@ -232,7 +237,9 @@ def adamw(
         if dense is not param:
             param.copy_(dense)
     # The kernel writes behind autograd's back.
-    torch.autograd.graph.increment_version([*params, exp_avg, exp_avg_sq])
+    states = (exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
+    written += [state for state in states if state is not None]
+    torch.autograd.graph.increment_version(written)
 
 
 @lru_cache(maxsize=64)

@@ -8,21 +8,16 @@ fp32 values of a 16-bit result) small.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from functools import cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora.kernels import formats, reference, reference_adamw
+from qlora.kernels import cpu_adamw, formats, reference
 
 _SLAB = 2**20
 """Weights per slab, a multiple of every block size. Best of 2^17 .. 2^20 on 2 cores."""
-
-_STEP_SLAB = 2**17
-"""Elements of a parameter that are updated at a time, whole tiles of state: what lies between fits a cache."""
 
 _ROWS = 16
 """Rows that a slab's look-ups are laid out in: `gather` spreads rows over threads, a flat look-up runs on
@@ -30,6 +25,7 @@ one. Measured on 2 cores, 1536 x 576: 0.14 ms, against 0.21 for `index_select` f
 0.20 from one of 65,536 quadruples, whose megabyte the caches have to keep."""
 
 quantize_absmax = reference.quantize_absmax
+adamw = cpu_adamw.adamw
 
 
 def quantize_4bit(x: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -251,81 +247,3 @@ def dropout_mask(rng: Tensor, m: int, k: int, dropout: float) -> Tensor:
     x *= 0x846CA68B - 2**32
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     return (x >> 8).bitwise_and_(0xFFFFFF) >= int(dropout * 2**24)
-
-
-# --- The optimizer ----------------------------------------------------------------------------------
-
-
-def adamw(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    exp_avg_absmax: Tensor | None,
-    exp_avg_sq_absmax: Tensor | None,
-    scalars: Tensor,
-    rng: Tensor | None,
-) -> None:
-    """See `reference_adamw.adamw`."""
-    start = 0
-    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if grad is not None:
-            dense = param.contiguous()
-            flat, flat_grad = dense.view(-1), grad.reshape(-1)
-            row = scalars[index].tolist()
-            for first in range(0, param.numel(), _STEP_SLAB):
-                slab = slice(first, first + _STEP_SLAB)
-                p, g = flat[slab], flat_grad[slab].float()
-                place = start + first, p.numel()
-                m = _read_state(exp_avg, exp_avg_absmax, *place, signed=True)
-                v = _read_state(exp_avg_sq, exp_avg_sq_absmax, *place, signed=False)
-                stepped = _step_(p.float(), g, m, v, row)
-                p.copy_(reference_adamw.round_parameter(stepped, p.dtype, rng, index, first))
-                _write_state(m, exp_avg, exp_avg_absmax, start + first, signed=True)
-                _write_state(v, exp_avg_sq, exp_avg_sq_absmax, start + first, signed=False)
-            if dense is not param:
-                param.copy_(dense)
-        start += formats.state_tiles(param.numel()) * formats.STATE_TILE
-
-
-def _step_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, scalars: list[float]) -> Tensor:
-    """`reference_adamw.step` with the same roundings; p, m and v in place. Returns p."""
-    decay, weight1, beta2, weight2, step_size, root2, eps = scalars
-    change = torch.sub(g, m).mul_(weight1)
-    m.add_(change)
-    v.mul_(beta2).add_(torch.mul(g, weight2, out=change).mul_(g))
-    root = torch.from_numpy(
-        np.sqrt(v.numpy(), out=change.numpy())
-    )  # correctly rounded, unlike torch's
-    update = torch.mul(m, step_size).div_(root.div_(root2).add_(eps))
-    return p.mul_(decay).sub_(update)
-
-
-def _read_state(
-    held: Tensor, absmax: Tensor | None, start: int, numel: int, signed: bool
-) -> Tensor:
-    """fp32 [numel]: a view of an fp32 state, or what its codes stand for."""
-    held = held[start : start + numel]
-    if absmax is None:
-        return held
-    values = torch.index_select(formats.state_codebook(signed, held.device), 0, held.int())
-    _scale_blocks_(values, absmax[start // formats.STATE_BLOCKSIZE :], formats.STATE_BLOCKSIZE)
-    return values
-
-
-def _write_state(
-    values: Tensor, held: Tensor, absmax: Tensor | None, start: int, signed: bool
-) -> None:
-    """The inverse of `_read_state`; the view of an fp32 state has been written already."""
-    if absmax is None:
-        return
-    blocks = reference.to_blocks(values, formats.STATE_BLOCKSIZE)
-    normalized, scales = reference.normalize(blocks)
-    block = start // formats.STATE_BLOCKSIZE
-    absmax[block : block + len(scales)] = scales
-    normalized = normalized.view(-1)[: values.numel()]
-    ranks = formats.state_cell_ranks(signed, held.device)
-    base = torch.index_select(ranks, 0, formats.state_cell(normalized, signed))
-    thresholds = F.pad(formats.state_thresholds(signed, held.device), (0, 1), value=torch.inf)
-    base += normalized > torch.index_select(thresholds, 0, base.int())
-    held[start : start + values.numel()] = base.masked_fill_(normalized.isnan(), 0)

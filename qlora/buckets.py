@@ -17,7 +17,7 @@ from qlora.kernels.formats import (
     state_tiles,
     state_zero_code,
 )
-from qlora.paged_checks import check_bits
+from qlora.paged_checks import Form, check_bits, form
 
 BUCKET_BYTES = 256 * 2**20
 """State that one kernel updates, at most, unless one parameter has more. Two buckets are wanted on the GPU at a
@@ -70,14 +70,18 @@ class Bucket:
     """Parameters of one dtype on one device that share buffers of state.
 
     Attributes:
-        views: for each parameter, in the order in which they lie, its parts of the buffers, by name.
+        views: for each parameter, in the order in which they lie, its number of steps (fp32 [], on the CPU,
+            as torch's) and its parts of the buffers, by name.
         buffers: flat, by name.
         paged: whether they are in unified memory.
+        made_for: shape, dtype and device of each parameter when its state was made.
     """
 
     views: dict[Tensor, dict[str, Tensor]]
     buffers: dict[str, Tensor]
     paged: bool
+    made_for: dict[Tensor, Form]
+    _evicted: torch.cuda.Event | None = None
 
     @property
     def device(self) -> torch.device:
@@ -89,12 +93,17 @@ class Bucket:
         return next(iter(self.views)).dtype != torch.float32
 
     def prefetch(self, stream: torch.cuda.Stream) -> None:
+        """Bring the buffers onto the GPU, in the order of a stream, and after they were last moved out."""
+        if self._evicted is not None:
+            stream.wait_event(self._evicted)
         for buffer in self.buffers.values():
             unified.prefetch(buffer, self.device, stream)
 
     def evict(self, stream: torch.cuda.Stream) -> None:
+        """Move the buffers to the host, in the order of a stream."""
         for buffer in self.buffers.values():
             unified.evict(buffer, stream)
+        self._evicted = stream.record_event()
 
 
 def parts(params: Sequence[Tensor], bits: int) -> Iterator[list[Tensor]]:
@@ -126,10 +135,13 @@ def new_bucket(params: list[Tensor], bits: int, paged: bool) -> Bucket:
         for name, kind in kinds.items()
     }
     views = {
-        param: {name: kind.view(buffers[name], start, param) for name, kind in kinds.items()}
+        param: {
+            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+            **{name: kind.view(buffers[name], start, param) for name, kind in kinds.items()},
+        }
         for param, start in zip(params, starts, strict=False)
     }
-    bucket = Bucket(views, buffers, paged)
+    bucket = Bucket(views, buffers, paged, {param: form(param) for param in params})
     if paged:
         bucket.prefetch(torch.cuda.current_stream(device))  # written there, not across the bus
     for name, buffer in buffers.items():

@@ -13,15 +13,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
+from itertools import zip_longest
+from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qlora import paged_checks as checks
 from qlora.buckets import Bucket, new_bucket, parts, state_bytes
 from qlora.kernels import ops
-from qlora.kernels.reference_adamw import adamw_scalars
+from qlora.kernels.reference_adamw import SCALARS, adamw_scalars
 
 __all__ = ["PagedAdamW", "state_bytes"]
 
@@ -30,10 +34,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Work:
-    """What a step does with a bucket: for each parameter its gradient or None, and a row of scalars."""
+    """What a step does with a bucket: for each parameter its gradient or None, and a row of scalars.
+
+    `steps`: numbers of steps so far, of the parameters with a gradient.
+    """
 
     bucket: Bucket
     grads: list[Tensor | None]
+    steps: list[Tensor]
     scalars: Tensor
     rng: Tensor | None
 
@@ -41,9 +49,9 @@ class _Work:
 class PagedAdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay, its state in unified memory on a GPU.
 
-    Drop-in for `torch.optim.AdamW`: same arguments, same numbers but for the last bit, and a `state_dict` that
-    loads into it and from it (bits=32). On the CPU the state is in plain memory; all else is the same, bit for
-    bit. Parameters are fp32, bf16 or fp16; the arithmetic is fp32.
+    Takes the place of `torch.optim.AdamW`: the same hyperparameters, the same numbers but for the last bit, and a
+    `state_dict` that loads into it and from it (bits=32). On the CPU the state is in plain memory; all else is
+    the same, bit for bit. Parameters are fp32, bf16 or fp16; the arithmetic is fp32.
 
     Args:
         params: parameters, or groups of them, as for any optimizer of torch.
@@ -62,8 +70,6 @@ class PagedAdamW(torch.optim.Optimizer):
     Raises:
         TypeError, ValueError: an argument is not one of the allowed; the message names it.
     """
-
-    _has_said = False  # that there is no paging on the CPU
 
     def __init__(
         self,
@@ -117,6 +123,7 @@ class PagedAdamW(torch.optim.Optimizer):
         params = self._params()
         checks.check_gradients(params)
         self._drop_cleared_state()
+        self._check_state(params)
         self._add_state([p for p in params if p.grad is not None and p not in self._homes])
         works = self._works()
         for device in dict.fromkeys(work.bucket.device for work in works):
@@ -137,29 +144,30 @@ class PagedAdamW(torch.optim.Optimizer):
                     work.scalars,
                     work.rng,
                 )
-                for param, grad in zip(work.bucket.views, work.grads, strict=True):
-                    if grad is not None:
-                        self.state[param]["step"] += 1
+                # A tensor and an alpha, as torch's AdamW has it: a number would be made into a tensor for each.
+                torch._foreach_add_(work.steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
 
     def _works(self) -> list[_Work]:
         """The buckets in which something has a gradient."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        seeds = torch.randint(2**31, (2,)) if self.stochastic_rounding else None
+        seeds = torch.randint(2**31, (2,), device="cpu") if self.stochastic_rounding else None
         works = []
         for position, bucket in enumerate(self._buckets()):
-            lives = {p for p in bucket.views if self._homes.get(p) is bucket and p in groups}
-            grads = [p.grad if p in lives else None for p in bucket.views]
-            if all(grad is None for grad in grads):
-                continue
-            rows = [
-                _IDLE if grad is None else _scalars(groups[p], self.state[p])
-                for p, grad in zip(bucket.views, grads, strict=True)
+            grads = [
+                p.grad if p in groups and self._homes.get(p) is bucket else None
+                for p in bucket.views
             ]
+            wanted = [p for p, g in zip(bucket.views, grads, strict=True) if g is not None]
+            if not wanted:
+                continue
+            steps = [bucket.views[p]["step"] for p in wanted]
+            scalars = torch.zeros(len(grads), len(SCALARS), dtype=torch.float32, device="cpu")
+            scalars[[g is not None for g in grads]] = _scalars([groups[p] for p in wanted], steps)
             rng = None
             if seeds is not None and bucket.is_rounded:
-                rng = seeds + torch.tensor([0, position])  # other random numbers in each bucket
-            scalars = torch.tensor(rows, dtype=torch.float32)
-            works.append(_Work(bucket, grads, scalars, rng))
+                # Other random numbers in each bucket.
+                rng = seeds + torch.tensor([0, position], device="cpu")
+            works.append(_Work(bucket, grads, steps, scalars, rng))
         return works
 
     def _buckets(self) -> list[Bucket]:
@@ -167,18 +175,23 @@ class PagedAdamW(torch.optim.Optimizer):
         return list(dict.fromkeys(self._homes.values()))
 
     def _drop_cleared_state(self) -> None:
-        """Parameters whose state the caller cleared start afresh. What was put in its place would not be used."""
+        """Parameters whose state the caller cleared start afresh."""
         self._homes = {p: bucket for p, bucket in self._homes.items() if self.state.get(p)}
-        for param, state in self.state.items():
+
+    def _check_state(self, params: Sequence[Tensor]) -> None:
+        """It is the buckets' own, as what is put in its place would not be used, and fits its parameter."""
+        for i, param in enumerate(params):
+            state = self.state.get(param)
+            if not state:
+                continue
             bucket = self._homes.get(param)
             views = bucket.views[param] if bucket else {}
-            if bool(state) != bool(views) or any(
-                state.get(k) is not view for k, view in views.items()
-            ):
+            if not (len(state) >= len(views) > 0 and all(map(is_, views.values(), state.values()))):
                 raise RuntimeError(
-                    "the state of a parameter was replaced: change its tensors in place, or use "
+                    f"the state of parameter {i} was replaced: change its tensors in place, or use "
                     "load_state_dict"
                 )
+            checks.check_form(i, param, bucket.made_for[param])
 
     # --- The state ----------------------------------------------------------------------------------
 
@@ -192,7 +205,9 @@ class PagedAdamW(torch.optim.Optimizer):
     def evict(self) -> None:
         """Move the states to the host, in the order of the current stream; they come back with the next step.
 
-        Nothing happens on the CPU or with paged=False.
+        nvidia-smi and `torch.cuda.mem_get_info` may go on counting their room as taken until something else wants
+        it: the driver keeps the emptied pages, and gives them to whoever allocates next. Nothing happens on the CPU
+        or with paged=False.
         """
         for bucket in self._buckets():
             if bucket.paged:
@@ -248,7 +263,7 @@ class PagedAdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For copies of the optimizer, which get buffers of their own."""
         super().__setstate__(state)
-        self._copy_in(dict(self.state))
+        self._copy_in({p: state for p, state in self.state.items() if state})
 
     @torch.no_grad()
     def _copy_in(self, loaded: Mapping[Tensor, Mapping[str, Any]]) -> None:
@@ -257,7 +272,11 @@ class PagedAdamW(torch.optim.Optimizer):
         self._add_state([p for p in self._params() if p in loaded])
         for param, values in loaded.items():
             for name, tensor in self.state[param].items():
-                tensor.copy_(torch.as_tensor(values[name]).reshape(tensor.shape))
+                value = values[name]
+                if isinstance(value, Tensor):
+                    tensor.copy_(value.reshape(tensor.shape))
+                else:
+                    tensor.fill_(value)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -266,46 +285,62 @@ class PagedAdamW(torch.optim.Optimizer):
         """Fresh state for parameters that have none."""
         for part in parts(params, self.bits):
             paged = self.paged and part[0].is_cuda
-            if self.paged and not paged and not self._has_said:
-                self._has_said = True
-                _log.info(
-                    "PagedAdamW: no paging on the CPU, the optimizer's state is in plain memory"
-                )
+            if self.paged and not paged:
+                _say_not_paged()
             bucket = new_bucket(part, self.bits, paged)
             for param, views in bucket.views.items():
                 self._homes[param] = bucket
-                self.state[param] = {"step": torch.zeros((), dtype=torch.float32), **views}
+                self.state[param] = dict(views)
 
 
-_IDLE = [0.0] * 7
-"""The scalars of a parameter that is left alone."""
+@cache
+def _say_not_paged() -> None:
+    """Once in a process."""
+    _log.info("PagedAdamW: no paging on the CPU, the optimizer's state is in plain memory")
 
 
-def _scalars(group: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[float]:
-    """A row of the op's scalars, for the step after those that the state has seen."""
+def _scalars(groups: Sequence[Mapping[str, Any]], steps: Sequence[Tensor]) -> Tensor:
+    """The op's scalars, fp32 [n, 7]: for each parameter the step after those that its state has seen.
+
+    A row is computed once for all parameters of one group and one number of steps, not for each of hundreds.
+    """
+    rows: list[list[float]] = []
+    numbers: dict[tuple[int, float], int] = {}
+    index = []
+    for group, seen in zip(groups, torch.stack(steps).tolist(), strict=True):
+        key = id(group), seen
+        if key not in numbers:
+            numbers[key] = len(rows)
+            rows.append(_row(group, int(seen) + 1))
+        index.append(numbers[key])
+    return torch.from_numpy(np.array(rows, dtype=np.float32)[index])
+
+
+def _row(group: Mapping[str, Any], step: int) -> list[float]:
     beta1, beta2 = map(float, group["betas"])
-    rates = float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"])
-    return adamw_scalars(*rates, int(state["step"]) + 1)
+    lr, eps, decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
+    return adamw_scalars(lr, beta1, beta2, eps, decay, step)
 
 
 def _prefetched(works: Sequence[_Work], device: torch.device) -> Iterator[_Work]:
     """Yield each work when what is launched next on the current stream will find its bucket on the GPU.
 
-    The next one is fetched on a second stream while this one is being updated, and not before the one before
-    it is done: two at most are wanted at a time, however far the host is ahead of the GPU.
+    The first is fetched at once, beside whatever is still queued: a prefetch changes no values and is coherent
+    with running kernels. The next one is fetched on a second stream while this one is being updated, and not
+    before the one before it is done: two at most are wanted at a time, however far the host is ahead of the GPU.
     """
     stream, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
 
-    def fetch(work: _Work) -> None:
-        side.wait_stream(stream)
+    def fetch(work: _Work) -> torch.cuda.Event:
         if work.bucket.paged:
             work.bucket.prefetch(side)
+        return side.record_event()
 
-    for i, work in enumerate(works):
-        if i == 0:
-            fetch(work)
-        ready = side.record_event()
-        if i + 1 < len(works):
-            fetch(works[i + 1])
-        stream.wait_event(ready)
+    ready = fetch(works[0])
+    for work, following in zip_longest(works, works[1:]):
+        here = ready
+        if following:
+            side.wait_stream(stream)
+            ready = fetch(following)
+        stream.wait_event(here)
         yield work

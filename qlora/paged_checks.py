@@ -14,6 +14,9 @@ from qlora.kernels.formats import STATE_BLOCKSIZE, num_blocks
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of parameters."""
 
+Form = tuple[torch.Size, torch.dtype, torch.device]
+"""Shape, dtype and device of a parameter."""
+
 _REFUSED = ("amsgrad", "maximize", "capturable", "differentiable")
 _HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -73,10 +76,27 @@ def check_parameters(params: Sequence[Tensor], stochastic_rounding: bool) -> Non
 
 def check_gradients(params: Sequence[Tensor]) -> None:
     for i, param in enumerate(params):
-        if param.grad is not None and param.grad.layout != torch.strided:
+        grad = param.grad
+        if grad is not None and grad.layout != torch.strided:
             raise TypeError(
-                f"the gradient of parameter {i} must be dense; got layout {param.grad.layout}"
+                f"the gradient of parameter {i} must be dense; got layout {grad.layout}"
             )
+
+
+def form(param: Tensor) -> Form:
+    return param.shape, param.dtype, param.device
+
+
+def check_form(index: int, param: Tensor, made_for: Form) -> None:
+    """The parameter is what its state was made for: `param.data = ...` may put anything in its place."""
+    if form(param) != made_for:
+        now, then = (
+            f"{tuple(s)}, {dtype}, {device}" for s, dtype, device in (form(param), made_for)
+        )
+        raise ValueError(
+            f"parameter {index} must keep the shape, dtype and device that it had when its state was made, "
+            f"{then}; got {now}"
+        )
 
 
 def check_keys(state_dict: Mapping[str, Any]) -> None:

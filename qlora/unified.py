@@ -77,7 +77,7 @@ class Runtime:
         flags = (0,) if self._has_locations else ()
         self._call("cudaMemPrefetchAsync", nbytes, pointer, nbytes, place, *flags, stream)
 
-    def pages(self, device: int) -> bool:
+    def supports_paging(self, device: int) -> bool:
         """Whether the device moves managed memory by pages; under Windows and WSL none does."""
         value = ctypes.c_int()
         attribute = _CONCURRENT_MANAGED_ACCESS
@@ -117,9 +117,9 @@ def runtime() -> Runtime:
 
 
 @cache
-def _pages(device: int) -> bool:
-    """As `Runtime.pages`, and says once a device that it does not."""
-    if runtime().pages(device):
+def _supports_paging(device: int) -> bool:
+    """As `Runtime.supports_paging`, and says once a device that it does not."""
+    if runtime().supports_paging(device):
         return True
     _log.warning(
         "CUDA device %d has no concurrent managed access: unified memory stays on it and is not paged",
@@ -193,7 +193,7 @@ def evict(tensor: Tensor, stream: torch.cuda.Stream) -> None:
 
 def _migrate(tensor: Tensor, gpu: torch.device, to: int, stream: torch.cuda.Stream) -> None:
     nbytes = tensor.numel() * tensor.element_size()
-    if not (nbytes and _pages(gpu.index)):
+    if not (nbytes and _supports_paging(gpu.index)):
         return
     with torch.cuda.device(gpu):  # the default stream's handle, 0, means that of the current device
         runtime().prefetch(tensor.data_ptr(), nbytes, to, stream.cuda_stream)
@@ -209,7 +209,7 @@ def _advise(block: _Block, nbytes: int, device: torch.device) -> None:
     which is not there, or no longer, uses it across the bus without a fault. The driver chooses which managed
     pages it pushes out; torch's own memory is not managed, and is never among them.
     """
-    if _pages(device.index):
+    if _supports_paging(device.index):
         runtime().advise(block.pointer, nbytes, _SET_PREFERRED_LOCATION, HOST)
         runtime().advise(block.pointer, nbytes, _SET_ACCESSED_BY, device.index)
 

@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora.kernels import adamw, cpu, formats, ops, reference_adamw
+from qlora.kernels import adamw, cpu, cpu_adamw, formats, ops, reference_adamw
 from qlora.kernels.reference_adamw import SCALARS
 from tests.on_device import DEVICES, interpreted_only
 from tests.steps import Step, assert_same_step, step_of, steps
@@ -27,12 +28,18 @@ def _check(launcher: Callable[..., None], device: str, step: Step) -> None:
     """The launcher on a copy of the arguments, the reference on another."""
     actual, expected = step.on(device), step.on("cpu")
     reference_adamw.adamw(*expected.arguments())
-    versions = [param._version for param in actual.params]
+    versions = [tensor._version for tensor in actual.updated()]
     launcher(*actual.arguments())
     assert_same_step(actual, expected)
-    for param, grad, version in zip(actual.params, actual.grads, versions, strict=True):
-        if grad is not None and param.numel():
-            assert param._version > version  # autograd knows
+    # Autograd knows what was written, and that the rest was not.
+    changed = [t._version > v for t, v in zip(actual.updated(), versions, strict=True)]
+    assert changed == _written(actual)
+
+
+def _written(step: Step) -> list[bool]:
+    """Of what a step may write, what it does."""
+    params = [grad is not None and grad.numel() > 0 for grad in step.grads]
+    return params + [any(params)] * (len(step.updated()) - len(params))
 
 
 # --- The reference, bit for bit ---------------------------------------------------------------------
@@ -51,6 +58,14 @@ def test_the_cpu_path_is_the_reference(step: Step) -> None:
     _check(cpu.adamw, "cpu", step)
 
 
+@settings(max_examples=150)
+@given(step=steps(), stochastic=st.booleans())
+def test_the_cpu_path_takes_small_parameters_together(step: Step, stochastic: bool) -> None:
+    """Where they have the same scalars, and nothing is rounded at random."""
+    step.scalars[:] = step.scalars[:1].clone()
+    _check(cpu.adamw, "cpu", replace(step, rng=step.rng if stochastic else None))
+
+
 def _random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -61,7 +76,7 @@ def test_slabs_of_the_cpu_path(
     monkeypatch: pytest.MonkeyPatch, bits: int, stochastic: bool
 ) -> None:
     """More than one, the last one short: states and random bits go on where the slab before ended."""
-    monkeypatch.setattr(cpu, "_STEP_SLAB", 2048)
+    monkeypatch.setattr(cpu_adamw, "_STEP_SLAB", 2048)
     shapes = ((5000,), (3, 7), (41, 100))
     params = [_random(*shape, dtype=torch.bfloat16) for shape in shapes]
     grads = [_random(*shape, dtype=torch.bfloat16, seed=1) for shape in shapes]
@@ -69,13 +84,26 @@ def test_slabs_of_the_cpu_path(
     _check(cpu.adamw, "cpu", step_of(params, grads, bits, rng))
 
 
-@pytest.mark.parametrize("launcher", [cpu.adamw, pytest.param(adamw.adamw, marks=interpreted_only)])
-@pytest.mark.parametrize("bits", [32, 8])
-def test_what_is_not_contiguous(launcher: Callable[..., None], bits: int) -> None:
-    params = [_random(8, 300).mT, _random(600)[::2], _random(40, 4)[:, :3]]
+def _with_strides(bits: int) -> Step:
+    """Parameters and gradients that are not contiguous, the last parameter without a gradient."""
+    params = [_random(8, 300).mT, _random(600)[::2], _random(40, 4)[:, :3], _random(7, 9).mT]
     grads = [_random(*p.shape, seed=1) for p in params]
-    grads[1] = _random(300, 2, seed=2)[:, 0]
-    _check(launcher, "cpu", step_of(params, grads, bits))
+    grads[1], grads[3] = _random(300, 2, seed=2)[:, 0], None
+    return step_of(params, grads, bits)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [32, 8])
+def test_the_kernel_on_what_is_not_contiguous(device: str, bits: int) -> None:
+    _check(adamw.adamw, device, _with_strides(bits))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_the_cpu_path_on_what_is_not_contiguous(bits: int) -> None:
+    """One by one, and those of a tile at most together."""
+    step = _with_strides(bits)
+    step.scalars[0, 0] = 0.5
+    _check(cpu.adamw, "cpu", step)
 
 
 @pytest.mark.parametrize("device", DEVICES)

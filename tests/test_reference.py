@@ -330,3 +330,17 @@ def test_dropout_probability_extremes(p: float) -> None:
     keep = reference.dropout_mask(torch.tensor([5, 6]), 256, 256, p)
     assert keep.double().mean().item() == pytest.approx(1 - p, abs=0.01)
     assert p > 0 or keep.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    blocks = torch.randn(64, 64)
+    expected = reference.normalize(blocks)
+    torch.set_default_dtype(dtype)
+    try:
+        normalized = reference.normalize(blocks)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(normalized, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora import unified
+from tests.managed import NOWHERE, free_bytes, sent_to, take
 
 GPU = torch.device("cuda", 0)
 
@@ -112,7 +113,7 @@ def on_host(monkeypatch: pytest.MonkeyPatch, library: FakeLibrary) -> None:
 def _fresh_caches() -> Iterator[None]:
     yield
     unified.runtime.cache_clear() if hasattr(unified.runtime, "cache_clear") else None
-    unified._pages.cache_clear()
+    unified._supports_paging.cache_clear()
 
 
 class Stream:
@@ -237,11 +238,6 @@ def test_a_runtime_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 # --- On a GPU ---------------------------------------------------------------------------------------
 
 
-def free_bytes() -> int:
-    torch.cuda.synchronize()
-    return torch.cuda.mem_get_info()[0]
-
-
 def some_bytes() -> int:
     """Enough to see, and never more than is free."""
     return min(2**30, free_bytes() // 4) // 4096 * 4096
@@ -266,18 +262,31 @@ def test_written_and_read_on_the_gpu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_eviction_frees_gpu_memory_and_prefetching_takes_it() -> None:
+def test_memory_is_where_it_was_sent() -> None:
+    stream = torch.cuda.current_stream()
+    tensor = unified.empty(some_bytes(), torch.uint8, "cuda")
+    assert sent_to(tensor) == NOWHERE
+    for value in range(2):
+        unified.prefetch(tensor, tensor.device, stream)
+        assert sent_to(tensor) == tensor.device.index
+        tensor.fill_(value)
+        unified.evict(tensor, stream)
+        assert sent_to(tensor) == unified.HOST
+        assert (tensor == value).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("evicted", [False, True])
+def test_plain_memory_gets_the_room(evicted: bool) -> None:
+    """Of what is on the GPU, and of what has left it, which the driver may go on counting."""
     size, stream = some_bytes(), torch.cuda.current_stream()
     tensor = unified.empty(size, torch.uint8, "cuda")
-    before = free_bytes()
     unified.prefetch(tensor, tensor.device, stream)
     tensor.fill_(7)
-    resident = free_bytes()
-    assert before - resident > 0.9 * size
-    unified.evict(tensor, stream)
-    assert free_bytes() - resident > 0.9 * size
-    unified.prefetch(tensor, tensor.device, stream)
-    assert before - free_bytes() > 0.9 * size
+    before = free_bytes()
+    if evicted:
+        unified.evict(tensor, stream)
+    take(before + size // 2)
     assert (tensor == 7).all()
 
 
