@@ -2,18 +2,20 @@
 
 A folder of random bf16 weights in the shape of a LLaMA is quantized while it is loaded, quantized
 and saved, and loaded again from what was saved; for comparison it is also loaded as a whole and then
-quantized. Each in a process of its own, whose peak of memory the system keeps.
+quantized. The first is done once more with all weights in one file, as transformers 5 writes them. Each in a process of its own, whose peak of memory the system keeps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ STEPS = {
     "load": "quantize while loading",
     "quantize": "the same, and save",
     "reload": "load what was saved",
+    "one": "quantize from one file",
     "dense": "load all, then quantize",
 }
 
@@ -63,16 +66,25 @@ class Measured:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the folder if need be, measure each step, print a table."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: this machine has no CUDA GPU that torch can use")
     if options.step:
         step, source, out = options.step
         print(json.dumps(_run(step, Path(source), Path(out), options)))
         return 0
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     place = nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory()
     with place as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
         dense, out = Path(folder, "dense"), Path(scratch, "quantized")
         if not (dense / "config.json").exists():
             _child("make", dense, out, options)
+        elif not _is_made(dense, options.gigabytes):
+            parser.error(
+                f"{dense}: is not of {options.gigabytes} GB; remove it or name another place"
+            )
         print(_about(dense, options), flush=True)
         for step, what in STEPS.items():
             if step == "dense" and not _fits(dense):
@@ -89,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         "--gigabytes", type=float, default=3.0, help="the least size of the folder (default: 3)"
     )
     parser.add_argument(
-        "--folder", type=Path, help="where to work, and to keep the folder for the next run"
+        "--folder",
+        type=Path,
+        help="where to work, with room for twice as much and a half, and to keep the folder for the next run",
     )
     parser.add_argument("--device", default="cpu", help="where to quantize (default: cpu)")
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)
@@ -109,6 +123,8 @@ def _child(step: str, dense: Path, out: Path, options: argparse.Namespace) -> di
 def _run(step: str, dense: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     from qlora import pretrained
 
+    single = out.with_name("single")
+
     def load(folder: Path) -> int:
         _, report = pretrained.load_quantized(
             folder, _BASE, device=options.device, precision="bfloat16"
@@ -126,11 +142,13 @@ def _run(step: str, dense: Path, out: Path, options: argparse.Namespace) -> dict
             pretrained.quantize_folder(dense, out, _BASE, options.device).bytes_after
         ),
         "reload": lambda: load(out),
+        "one": lambda: load(single),
         "dense": load_dense,
     }
-    with (
-        tempfile.TemporaryDirectory() as small
-    ):  # imports, and first calls, are not what is measured
+    warnings.filterwarnings("ignore", ".*has no tokenizer files")  # which a benchmark does not need
+    if step == "one":
+        join(dense, single)
+    with tempfile.TemporaryDirectory() as small:  # imports and first calls are not measured
         make(Path(small, "model"), 0)
         pretrained.load_quantized(Path(small, "model"), _BASE, device=options.device)
     return vars(measure(steps[step], torch.device(options.device)))
@@ -161,6 +179,33 @@ def make(folder: Path, gigabytes: float, shard_bytes: int = SHARD_BYTES) -> int:
         config.architectures = ["LlamaForCausalLM"]
         config.save_pretrained(temporary)
     return size
+
+
+def join(dense: Path, single: Path) -> None:
+    """The folder with its tensors in one file, copied one at a time.
+
+    A safetensors file is the length of its header in 8 bytes, the header in JSON, and the data.
+    """
+    single.mkdir(exist_ok=True)
+    shutil.copy(dense / "config.json", single)
+    found = shards.Shards(dense)
+    header, end = {}, 0
+    for key, entry in found.entries.items():
+        start, end = end, end + entry.dtype.itemsize * torch.Size(entry.shape).numel()
+        header[key] = {"dtype": "BF16", "shape": entry.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data is aligned
+    with (single / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in header:
+            file.write(memoryview(found.read(key).view(torch.uint8).flatten().numpy()))
+    found.close()
+
+
+def _is_made(folder: Path, gigabytes: float) -> bool:
+    """Whether `make` made the folder of this size."""
+    given, asked = (files.read_json(folder / "config.json"), _config(gigabytes * 1e9).to_dict())
+    return all(given.get(name) == asked[name] for name in ("hidden_size", "num_hidden_layers"))
 
 
 def _config(size: float) -> Any:

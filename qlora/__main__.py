@@ -93,13 +93,15 @@ def _quantize(parsers: Any) -> None:
         "write a model in 4 bits, which loads in seconds",
         """\
         The weights are read, quantized and dropped one at a time: the dense model is never in
-        memory. OUT is then a MODEL for the other commands, with the same results to the last bit.
+        memory, unless transformers merges weights (mixtures of experts) or changes them otherwise,
+        of which a warning tells. OUT is then a MODEL for the other commands, with the same results
+        to the last bit.
         """,
         "qlora quantize ./llama-7b ./llama-7b-nf4",
     )
     parser.add_argument("model", metavar="MODEL", help=_DENSE)
     parser.add_argument("out", metavar="OUT", help="folder to write; it must be new or empty")
-    _add_fields(parser, QLoRAConfig, BASE_FIELDS)
+    _add_fields(parser, QLoRAConfig, BASE_FIELDS, dense=False)
     _add_device(parser)
 
 
@@ -279,15 +281,20 @@ def _add_base(parser: Any) -> None:
     _add_fields(group, QLoRAConfig, BASE_FIELDS)
 
 
-def _add_fields(parser: Any, config: type, names: Iterable[str] | None = None) -> None:
+def _add_fields(
+    parser: Any, config: type, names: Iterable[str] | None = None, dense: bool = True
+) -> None:
     """A flag for each field of a config class; its help is what the class says of the field.
 
-    A flag that is not given leaves no attribute behind, so the class's own default holds.
+    A flag that is not given leaves no attribute behind, so the class's own default holds. Help that
+    offers a dense base says so after "; or None", which is left out where `dense` is false.
     """
     descriptions = field_descriptions(config)
     for item in fields(config):
         if names is None or item.name in names:
-            text = f"{descriptions[item.name]} (default: {_shown(item.default)})"
+            description = descriptions[item.name]
+            description = description if dense else description.partition("; or None")[0]
+            text = f"{description} (default: {_shown(item.default)})"
             parser.add_argument(
                 "--" + item.name.replace("_", "-"),
                 help=text.replace("%", "%%").replace("None", "none"),

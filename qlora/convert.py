@@ -12,6 +12,9 @@ from qlora.config import ALL_LINEAR, QLoRAConfig
 from qlora.modules import LoRALayer, LoRALinear, QLoRALinear, is_conv1d
 from qlora.quantized import QuantizedTensor
 
+_NOTABLE = 0.03  # a part of all parameters that is worth a row of the report
+_SHOWN = 4
+
 
 @dataclass(frozen=True)
 class QuantizationReport:
@@ -24,6 +27,8 @@ class QuantizationReport:
         quantized_parameters: weights held in 4 bits.
         dense_parameters: all other frozen parameters: embeddings, norms, biases, and whatever is no linear
             layer (experts held as one 3-D parameter, say).
+        other_dense: of those the matrices that belong to no embedding and no linear layer, by name, with `*`
+            for the numbers of layers, and how many weights go by that name; the most first.
         quantized_bytes: the bytes that these weights and their scales take.
         trainable_parameters: the adapters' parameters.
         bytes_before, bytes_after: all parameters and buffers of the model, adapters included.
@@ -34,6 +39,7 @@ class QuantizationReport:
     left_alone: tuple[str, ...]
     quantized_parameters: int
     dense_parameters: int
+    other_dense: tuple[tuple[str, int], ...]
     quantized_bytes: int
     trainable_parameters: int
     bytes_before: int
@@ -50,13 +56,30 @@ class QuantizationReport:
             ("quantized parameters", f"{self.quantized_parameters:,}"),
             ("parameters left dense", f"{self.dense_parameters:,}"),
             ("bits per parameter", f"{self.bits_per_parameter:.3f}"),
-            ("layers with an adapter", f"{len(self.adapted):,}"),
-            ("trainable parameters", f"{self.trainable_parameters:,}"),
+            *self._adapter_rows(),
             ("linear layers left alone", ", ".join(self.left_alone) or "none"),
+            *self._dense_rows(),
             ("bytes before", _bytes(self.bytes_before)),
             ("bytes after", _bytes(self.bytes_after)),
         ]
         return "\n".join(f"{name:<26}{value}" for name, value in rows)
+
+    def _adapter_rows(self) -> list[tuple[str, str]]:
+        if not self.adapted:  # a base by itself
+            return []
+        return [
+            ("layers with an adapter", f"{len(self.adapted):,}"),
+            ("trainable parameters", f"{self.trainable_parameters:,}"),
+        ]
+
+    def _dense_rows(self) -> list[tuple[str, str]]:
+        """What is no linear layer and yet a good part of the model: it takes as much memory as before."""
+        total = self.quantized_parameters + self.dense_parameters
+        if sum(count for _, count in self.other_dense) < _NOTABLE * total:
+            return []
+        parts = [f"{name} ({count:,}, {count / total:.0%})" for name, count in self.other_dense]
+        more = ["..."] if len(parts) > _SHOWN else []
+        return [("not linear, left dense", ", ".join(parts[:_SHOWN] + more))]
 
 
 def _bytes(count: int) -> str:
@@ -222,8 +245,25 @@ def _report(
         left_alone=tuple(left_alone),
         quantized_parameters=sum(weight.numel for weight in weights.values()),
         dense_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        other_dense=_other_dense(model),
         quantized_bytes=sum(weight.nbytes for weight in weights.values()),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         bytes_before=bytes_before,
         bytes_after=_model_bytes(model),
     )
+
+
+def _other_dense(model: nn.Module) -> tuple[tuple[str, int], ...]:
+    """See `QuantizationReport.other_dense`."""
+    known = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.Linear, LoRALayer)) or is_conv1d(module)
+        for parameter in module.parameters(recurse=False)
+    }
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in known:
+            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+            counts[pattern] = counts.get(pattern, 0) + parameter.numel()
+    return tuple(sorted(counts.items(), key=lambda item: -item[1]))

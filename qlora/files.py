@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.tmp(?P<old>\.old)?")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp(?P<old>\.old)?")
 
 
 @contextmanager
@@ -41,9 +41,11 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder to fill; it becomes `path` when the block ends well.
 
-    A folder that already lies there is replaced as a whole.
+    A folder that already lies there is replaced as a whole; a link, what it points to.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.parent.is_dir():
+        remove_leftovers(path.parent, of=path.name)
     temporary = _temporary(path)
     old = temporary.with_name(f"{temporary.name}.old")
     mode = _usual_mode(temporary)
@@ -69,21 +71,24 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def check_new_folder(path: str | os.PathLike[str]) -> None:
     """Refuse a place to which `new_folder` is not to write."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path}: exists already and is not an empty folder")
-    if path.resolve() == Path.cwd():
+    if path == Path.cwd():
         raise ValueError(f"{path}: is the current folder, which cannot be replaced; name a new one")
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, of: str | None = None) -> None:
     """Delete what an interrupted `new_file` or `new_folder` left in `folder`.
 
     A folder that was moved out of the way, and that nothing has replaced, goes back to its place.
+
+    Args:
+        of: only the leftovers of this file or folder, and only those of processes that have ended.
     """
     for leftover in folder.glob(".*"):
         found = _LEFTOVER.fullmatch(leftover.name)
-        if not found:
+        if not found or (of is not None and (found["name"] != of or _is_alive(int(found["pid"])))):
             continue
         target = folder / found["name"]
         if found["old"] and not target.exists():
@@ -92,6 +97,19 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process still runs, as far as the system tells."""
+    if os.name != "posix":
+        return True  # a signal would end it there
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -118,12 +136,16 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file."""
+    """Write a safetensors file; a full disk, say, is an OSError that names it."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with new_file(path) as temporary:
         on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(on_cpu, temporary, metadata={"format": "pt"})
+        try:
+            save_file(on_cpu, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot write ({error})") from error
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

@@ -2,13 +2,13 @@
 
 The model is built from its config with parameters on the meta device, which take no memory, and
 quantized there, where only sizes are worked out. Then each tensor is read, quantized or cast, put
-in its place and dropped. Peak memory is the quantized model, one tensor and the map of one file.
+in its place and dropped. Peak memory is the quantized model, one tensor, and of the files what
+`shards.MAP_BYTES` allows to be mapped at a time.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,19 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from qlora.convert import QuantizationReport
+from qlora.folder_config import check_causal, first_line, read_config, read_generation_config
 from qlora.modules import LoRALayer, QLoRALinear
 from qlora.progress import Progress
 from qlora.quantized import QuantizedTensor, quantize_4bit
-from qlora.shards import Shards
+from qlora.shards import Shards, paths
+from qlora.tensor_names import NotStreamable, has_mixed_dtypes, match
 
 Convert = Callable[[nn.Module], QuantizationReport]
 
-# Keys that older versions of transformers wrote, for tables that the model makes by itself now:
-# the buffer's name, and what is ignored where the model has such a buffer.
-_FORMER_BUFFERS = {
-    "rotary_emb.inv_freq": r"rotary_emb\.inv_freq",
-    "position_ids": r"(^|\.)position_ids$",
-}
 
-
-def load(
+def load_and_quantize(
     folder: Path, convert: Convert, device: torch.device, dtype: torch.dtype | None
-) -> tuple[nn.Module, QuantizationReport] | None:
+) -> tuple[nn.Module, QuantizationReport]:
     """The quantized model of a folder whose tensors are the model's own by shape, and but for renaming by name.
 
     Bit for bit what reading the whole model and quantizing it gives, adapters included.
@@ -46,13 +41,14 @@ def load(
         dtype: what the parameters that stay dense are cast to; None leaves them as they are.
 
     Returns:
-        The model and the report of `convert`; or None if transformers has to read this folder, because
-        it merges or splits weights on the way, or because there is an error to explain.
+        The model and the report of `convert`.
+
+    Raises:
+        NotStreamable: transformers has to read this folder, because it merges or splits weights on the
+            way, say; the message is the reason.
+        ValueError, FileNotFoundError: a file is damaged or missing, or a weight is not finite.
     """
-    opened = _open(folder)
-    if opened is None:
-        return None
-    model, shards, places = opened
+    model, shards, places = _open(folder)
     dtypes = {key: _tensor(model, names[0]).dtype for key, names in places.items()}
     report = convert(model)
     start_adapters(model, device)
@@ -62,9 +58,38 @@ def load(
             put(model, places[key], tensor, dtypes[key], device, dtype)
         except ValueError as error:
             raise ValueError(f"{shards.entries[key].file}: {key}: {error}") from error
-        del tensor  # it would keep its file's map while the next file is opened
+        del tensor  # it would keep its file's map when that is to be dropped
     shards.close()
     return model, report
+
+
+def _open(folder: Path) -> tuple[nn.Module, Shards, dict[str, list[str]]]:
+    """A skeleton, the folder's tensors and the names in the model that each has."""
+    config = read_config(folder)
+    check_causal(folder, config)
+    if not paths(folder):
+        raise NotStreamable("it has neither model.safetensors nor an index of such files")
+    shards = Shards(folder)
+    try:
+        dtype = None
+        if config.dtype is None and config.get_text_config().dtype is None:
+            dtype = _only_dtype(shards)
+        model = skeleton(config, dtype)
+    except Exception as error:  # what is raised differs from one wrong value to the next
+        raise NotStreamable(f"config.json's model cannot be made ({first_line(error)})") from error
+    read_generation_config(folder, model)
+    if model.config.dtype is None:
+        raise NotStreamable("its files hold several dtypes, and config.json names none")
+    if has_mixed_dtypes(model):
+        raise NotStreamable("transformers keeps a part of this model in float32")
+    return model, shards, match(shards, model)
+
+
+def _only_dtype(shards: Shards) -> torch.dtype | None:
+    """The dtype of all floating point tensors; None if they differ."""
+    dtypes = {entry.dtype for entry in shards.entries.values()}
+    floating = {dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point}
+    return floating.pop() if len(floating) == 1 else None
 
 
 def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
@@ -82,7 +107,7 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     hook = register_module_parameter_registration_hook(_to_meta)
     try:
         with torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config, **settings)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
             _fill_buffers(model)
     finally:
         hook.remove()
@@ -104,38 +129,6 @@ def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn
     if parameter is None or parameter.is_meta:
         return None
     return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-
-def read_config(folder: Path) -> Any:
-    """The folder's transformers config, which remembers the folder as the model's name."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config.name_or_path = str(folder)
-    return config
-
-
-def read_generation_config(folder: Path, model: nn.Module) -> None:
-    """Give the model the folder's settings for generation, or those in its config."""
-    from transformers import GenerationConfig
-
-    if not model.can_generate():
-        return
-    if (folder / "generation_config.json").is_file():
-        settings = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    else:
-        settings = GenerationConfig.from_model_config(model.config)
-    model.generation_config = settings
-
-
-def check_causal(folder: Path, config: Any) -> None:
-    """Refuse an encoder, which transformers makes a causal model of whose tokens see those after."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    fills_masks = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if fills_masks and getattr(config, "is_decoder", None) is False:
-        name = ", ".join(config.architectures or [config.model_type])
-        raise ValueError(f"{folder}: {name} is an encoder; a causal language model is needed")
 
 
 def start_adapters(model: nn.Module, device: torch.device) -> None:
@@ -160,7 +153,7 @@ def put(
 
     Args:
         own_dtype: the model's for this tensor, to which it is cast before anything else.
-        device, dtype: see `load`; buffers keep their own dtype.
+        device, dtype: see `load_and_quantize`; buffers keep their own dtype.
     """
     value = tensor.to(device).to(own_dtype)
     quantized: dict[bool, QuantizedTensor] = {}
@@ -206,106 +199,3 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _tensor(model: nn.Module, name: str) -> Tensor:
     module, attribute = _owner(model, name)
     return getattr(module, attribute)
-
-
-# --- Whether a folder's tensors are the model's own -------------------------------------------------
-
-
-def _open(folder: Path) -> tuple[nn.Module, Shards, dict[str, list[str]]] | None:
-    """A skeleton, the folder's tensors and the names in the model that each has; see `load`."""
-    from safetensors import SafetensorError
-
-    try:
-        shards, config = Shards(folder), read_config(folder)
-        check_causal(folder, config)
-        dtype = None
-        if config.dtype is None and config.get_text_config().dtype is None:
-            dtype = _only_dtype(shards)
-        model = skeleton(config, dtype)
-        read_generation_config(folder, model)
-        places = _match(shards, model)
-    except (SafetensorError, KeyError, ValueError, RuntimeError, OSError, ImportError):
-        return None  # transformers meets the same, and the error is worded there
-    if places is None or model.config.dtype is None or _has_mixed_dtypes(model):
-        return None
-    return model, shards, places
-
-
-def _only_dtype(shards: Shards) -> torch.dtype | None:
-    """The dtype of all floating point tensors; None if they differ."""
-    dtypes = {entry.dtype for entry in shards.entries.values()}
-    floating = {dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point}
-    return floating.pop() if len(floating) == 1 else None
-
-
-def _has_mixed_dtypes(model: nn.Module) -> bool:
-    """Whether transformers keeps some modules of this 16-bit model in fp32."""
-    names = {"_keep_in_fp32_modules_strict"} if model.dtype != torch.float32 else set()
-    if model.dtype == torch.float16:
-        names.add("_keep_in_fp32_modules")
-    return any(getattr(model, name, None) for name in names)
-
-
-def _match(shards: Shards, model: nn.Module) -> dict[str, list[str]] | None:
-    """The names in the model by the key in the files; None unless each tensor is there just once."""
-    tensors = model.state_dict(keep_vars=True)
-    names_of = {name: names for names in shared_names(tensors) for name in names}
-    ignored = _ignored(model)
-    places = {}
-    for key, name in _renamed(model, shards.entries, tensors).items():
-        entry, own = shards.entries[key], tensors.get(name) if name else None
-        if own is None and ignored is not None and ignored.search(name or key):
-            continue
-        if (
-            not isinstance(own, Tensor)
-            or entry.shape != own.shape
-            or not _castable(entry.dtype, own.dtype)
-        ):
-            return None
-        places[key] = names_of[name]
-    found = sorted(name for names in places.values() for name in names)
-    return places if found == sorted(tensors) else None
-
-
-def _renamed(
-    model: nn.Module, keys: Iterable[str], tensors: Mapping[str, Tensor]
-) -> dict[str, str | None]:
-    """The model's name for each key, as transformers renames it; None where it merges, splits or turns."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-    prefix = model.base_model_prefix
-    names = {}
-    for key in sorted(keys):
-        name, converter = rename_source_key(key, renamings, converters, prefix, tensors)
-        if name not in tensors and key in tensors:  # the pattern was not meant for this one
-            name, converter = rename_source_key(key, [], [], prefix, tensors)
-        names[key] = name if converter is None else None
-    return {key: names[key] for key in keys}
-
-
-def shared_names(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names of a state dict (with `keep_vars`), those of one tensor together."""
-    groups: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault(id(tensor), []).append(name)
-    return list(groups.values())
-
-
-def _castable(given: torch.dtype | None, own: torch.dtype) -> bool:
-    if given is None:
-        return False
-    return given == own or (given.is_floating_point and own.is_floating_point)
-
-
-def _ignored(model: nn.Module) -> re.Pattern[str] | None:
-    """Keys that transformers passes over in silence for this model."""
-    patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    buffers = [name for name, _ in model.named_buffers()]
-    for ending, pattern in _FORMER_BUFFERS.items():
-        if any(name.endswith(ending) for name in buffers):
-            patterns.add(pattern)
-    return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None

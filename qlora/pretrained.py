@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import Any
 
 import torch
 
-from qlora import files, loading, quantized_folder
+from qlora import files, quantized_folder, shards
 from qlora.adapters import load_adapter
 from qlora.config import ALL_LINEAR, QLoRAConfig
 from qlora.convert import QuantizationReport, quantize_model
 from qlora.evaluation import compute_dtype
-from qlora.loading import check_causal
+from qlora.folder_config import check_causal, first_line, own_code, read_config
+from qlora.loading import load_and_quantize
+from qlora.tensor_names import NotStreamable
 
-_TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "chat_template*", "*.model")
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model")
+_CHAT_TEMPLATES = "chat_template*"
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
@@ -72,19 +76,27 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     folder = check_folder(folder)
+    # theirs looks at config.json as well, and would be blamed for what is wrong there
+    quantized_folder.read_settings(folder)
+    read_config(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # what is raised differs from one kind of tokenizer to the next
-        raise ValueError(f"{folder}: cannot read the tokenizer ({_first_line(error)})") from error
+        path = folder / "tokenizer_config.json"
+        if path.is_file() and files.read_json(path).get("auto_map"):
+            raise ValueError(f"{path}: {own_code('tokenizer')}") from error
+        raise ValueError(f"{folder}: cannot read the tokenizer ({first_line(error)})") from error
 
 
 def load_dense(folder: str | os.PathLike[str]) -> torch.nn.Module:
     """The model as it is in the folder, on the CPU, in the dtype of its files (float64: float32)."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     folder = _check_dense(folder)
+    check_causal(folder, read_config(folder))
+    if shards.paths(folder):
+        shards.Shards(folder)  # names a damaged file
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # missing weights are an error below, not a table in the log
     try:
@@ -92,15 +104,18 @@ def load_dense(folder: str | os.PathLike[str]) -> torch.nn.Module:
             folder,
             dtype="auto",
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # an error below, which unlike theirs says where
         )
-    except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
-        raise ValueError(f"{folder}: cannot read the model ({_first_line(error)})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what is raised differs from one wrong value to the next
+        reason = f"cannot read the model that config.json describes ({first_line(error)})"
+        raise ValueError(f"{folder}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
     _check_loaded(folder, found)
-    check_causal(folder, model.config)
     return model.float() if model.dtype == torch.float64 else model
 
 
@@ -129,7 +144,7 @@ def load_quantized(
 
     It is quantized from the numbers in its files, so that the codes are the same whatever the
     device and the precision of the computation; one tensor at a time, so that the dense model is
-    never in memory, unless transformers has to convert the files' weights first.
+    never in memory, unless transformers has to convert the files' weights first, of which a warning tells.
 
     Args:
         folder: a Hugging Face model folder with safetensors, or one in 4 bits that `quantize_folder` wrote.
@@ -164,11 +179,11 @@ def quantize_folder(
         raise ValueError("format must name a 4-bit data type; got None")
     files.check_new_folder(out)
     config = replace(config, rank=1, target_modules=ALL_LINEAR)
-    model, report = _quantized(folder, config, None, torch.device(device), None)
-    adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    with files.new_folder(out) as temporary:
-        quantized_folder.save(model, folder, temporary)
+    with files.new_folder(out) as temporary:  # before the work, as it may not be possible
         copy_tokenizer(folder, temporary)
+        model, report = _quantized(folder, config, None, torch.device(device), None)
+        quantized_folder.save(model, folder, temporary)
+    adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     after = report.bytes_after - adapters
     return replace(report, adapted=(), trainable_parameters=0, bytes_after=after)
 
@@ -193,9 +208,13 @@ def _quantized(
     settings = quantized_folder.read_settings(folder)
     if settings is not None:
         quantized_folder.check_base(folder, settings, config)
-        return quantized_folder.load(folder, settings, convert, device, dtype)
-    if config.format is not None and (loaded := loading.load(folder, convert, device, dtype)):
-        return loaded
+        return quantized_folder.load_folder(folder, settings, convert, device, dtype)
+    if config.format is not None:
+        try:
+            return load_and_quantize(folder, convert, device, dtype)
+        except NotStreamable as reason:
+            size = f"{_weight_bytes(folder) / 1e9:.1f} GB and more of memory"
+            warnings.warn(f"{folder}: read as a whole, {size}: {reason}", stacklevel=2)
     model = load_dense(folder)
     if _fits(model, device):  # quantizing is quicker there
         model.to(device)
@@ -214,17 +233,32 @@ def place(model: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.M
 
 def save_dense(model: torch.nn.Module, tokenizer_from: Path, folder: Path) -> None:
     """Write a model folder as a whole, with the tokenizer's files of another folder."""
+    from safetensors import SafetensorError
+
     files.check_new_folder(folder)
     with files.new_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:
+            raise OSError(f"{folder}: cannot write ({first_line(error)})") from error
         copy_tokenizer(tokenizer_from, temporary)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files from one model folder to another."""
-    for pattern in _TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copy(file, folder / file.name)
+    """Copy the tokenizer's files from one model folder to another; a warning tells if there are none."""
+    found = {file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)}
+    found = {file for file in found if file.is_file()}
+    if not found:
+        warnings.warn(f"{source}: has no tokenizer files to copy", stacklevel=2)
+    for file in found.union(source.glob(_CHAT_TEMPLATES)):
+        if file.is_file():
+            shutil.copy(file, folder)
+
+
+def _weight_bytes(folder: Path) -> int:
+    """Of the safetensors files that transformers reads."""
+    found = shards.paths(folder) or folder.glob("*.safetensors")
+    return sum(path.stat().st_size for path in found)
 
 
 def _fits(model: torch.nn.Module, device: torch.device) -> bool:
@@ -233,7 +267,3 @@ def _fits(model: torch.nn.Module, device: torch.device) -> bool:
         return False
     size = sum(parameter.nbytes for parameter in model.parameters())
     return 1.5 * size < torch.cuda.mem_get_info(device)[0]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

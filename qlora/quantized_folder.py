@@ -19,25 +19,27 @@ from torch import Tensor, nn
 from qlora import files, shards
 from qlora.adapters import base_settings
 from qlora.config import BASE_FIELDS, QLoRAConfig
-from qlora.convert import QuantizationReport
-from qlora.loading import (
-    Convert,
-    put,
-    read_config,
-    read_generation_config,
-    shared_names,
-    skeleton,
-    start_adapters,
-)
+from qlora.convert import QuantizationReport, quantize_model
+from qlora.folder_config import first_line, read_config, read_generation_config
+from qlora.loading import Convert, put, skeleton, start_adapters
 from qlora.modules import LoRALayer, QLoRALinear
 from qlora.progress import Progress
+from qlora.tensor_names import shared_names
 
 METHOD = "qlora"
 STEM = "quantized"  # of the files; where transformers finds no "model", it makes no random one
 
-_DTYPES = {
+_DENSE_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
+_KINDS = {
+    "format": str,
+    "blocksize": int,
+    "double_quant": bool,
+    "scale_format": str,
+    "dtype": str,
+    "other_dtypes": dict,
 }
 
 
@@ -48,7 +50,7 @@ class Settings:
     Attributes:
         base: the fields of QLoRAConfig that say how the base is quantized; without `scale_format` where
             the scales are not quantized.
-        dtype: what the model's parameters were in before.
+        dtype: what the model's parameters and stored buffers were in before.
         other_dtypes: by name, those that were in another one.
     """
 
@@ -63,25 +65,30 @@ def read_settings(folder: Path) -> Settings | None:
     given = files.read_json(path).get("quantization_config")
     if not isinstance(given, dict) or given.get("quant_method") != METHOD:
         return None
-    known = {"quant_method", *BASE_FIELDS, "dtype", "other_dtypes"}
-    if unknown := given.keys() - known:
+    if unknown := given.keys() - _KINDS.keys() - {"quant_method"}:
         raise ValueError(f"{path}: quantization_config has an unknown field {min(unknown)!r}")
     base = {name: given[name] for name in BASE_FIELDS if name in given}
     for name in (*BASE_FIELDS[:3], *(BASE_FIELDS[3:] if base.get("double_quant") else ()), "dtype"):
         if given.get(name) is None:
             raise ValueError(f"{path}: quantization_config must have {name}")
+    for name, value in given.items():
+        if name in _KINDS and type(value) is not _KINDS[name]:
+            kind = _KINDS[name].__name__
+            raise ValueError(
+                f"{path}: quantization_config: {name} must be of type {kind}; got {value!r}"
+            )
     try:
         QLoRAConfig(**base)
         others = {name: _dtype(value) for name, value in given.get("other_dtypes", {}).items()}
         return Settings(base, _dtype(given["dtype"]), others)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: quantization_config: {error}") from error
 
 
 def _dtype(name: Any) -> torch.dtype:
-    if name not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {name!r}")
-    return _DTYPES[name]
+    if not isinstance(name, str) or name not in _DENSE_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DENSE_DTYPES)}; got {name!r}")
+    return _DENSE_DTYPES[name]
 
 
 def check_base(folder: Path, settings: Settings, config: QLoRAConfig) -> None:
@@ -94,7 +101,7 @@ def check_base(folder: Path, settings: Settings, config: QLoRAConfig) -> None:
             )
 
 
-def load(
+def load_folder(
     folder: Path,
     settings: Settings,
     convert: Convert,
@@ -105,7 +112,7 @@ def load(
 
     Args:
         folder, settings: the folder, and what `read_settings` says of it.
-        convert, device, dtype: as for `loading.load`.
+        convert, device, dtype: as for `loading.load_and_quantize`.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or its tensors are not the model's
@@ -115,7 +122,7 @@ def load(
     report = convert(model)
     expected = _base_tensors(model)
     found = shards.Shards(folder, STEM)
-    places = _match(folder, found, expected)
+    places = _places(folder, found, expected)
     start_adapters(model, device)
     for key in Progress(list(places), "load"):
         tensor = found.read(key)
@@ -123,35 +130,35 @@ def load(
             _check_meaning(model, key, tensor, found.entries[key].file)
         else:
             put(model, places[key], tensor, tensor.dtype, device, dtype)
-        del tensor  # it would keep its file's map while the next file is opened
+        del tensor  # it would keep its file's map when that is to be dropped
     found.close()
     return model, report
 
 
 def _skeleton(folder: Path, settings: Settings) -> nn.Module:
+    config, path = read_config(folder), folder / "config.json"
+    del config.quantization_config  # the merged model, say, has none
     try:
-        config = read_config(folder)
-        del config.quantization_config  # the merged model, say, has none
         model = skeleton(config, settings.dtype)
-        read_generation_config(folder, model)
-    except (KeyError, ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{folder}: cannot make the model of config.json ({reason})") from error
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    except Exception as error:  # what is raised differs from one wrong value to the next
+        raise ValueError(f"{path}: its model cannot be made ({first_line(error)})") from error
+    read_generation_config(folder, model)
+    tensors = model.state_dict(keep_vars=True)
     for name, dtype in settings.other_dtypes.items():
-        if name not in parameters:
-            raise ValueError(f"{folder / 'config.json'}: other_dtypes: no parameter {name!r}")
-        parameters[name].data = parameters[name].data.to(dtype)
+        if name not in tensors:
+            raise ValueError(f"{path}: other_dtypes: no parameter or buffer {name!r}")
+        tensors[name].data = tensors[name].data.to(dtype)
     return model
 
 
-def _match(
+def _places(
     folder: Path, found: shards.Shards, expected: Mapping[str, Tensor]
 ) -> dict[str, list[str]]:
     """The names in the model by the key in the files, which must be all, and only, the model's."""
     groups = shared_names(expected)
     group_of = {name: names for names in groups for name in names}
-    places = {}
+    places: dict[str, list[str]] = {}
+    key_of: dict[str, str] = {}
     for key, entry in found.entries.items():
         if key not in expected:
             raise ValueError(f"{entry.file}: {key} is not in config.json's model")
@@ -162,8 +169,12 @@ def _match(
             if given != own and not key.endswith("_extra_state"):
                 raise ValueError(f"{entry.file}: {key} must have {what} {own}; got {given}")
         places[key] = group_of[key]
+        if (first := key_of.setdefault(group_of[key][0], key)) != key:
+            raise ValueError(
+                f"{entry.file}: {first} and {key} are one tensor by config.json and two in the files"
+            )
     for names in groups:
-        if not any(name in places for name in names):
+        if names[0] not in key_of:
             raise ValueError(f"{folder}: {names[0]} is missing in the safetensors files")
     return places
 
@@ -185,32 +196,44 @@ def save(model: nn.Module, source: Path, folder: Path) -> None:
         source: that folder; its config and settings for generation are copied.
         folder: a new or empty folder, to be filled within `files.new_folder`.
     """
+    described = {"quant_method": METHOD} | _describe(model, source)
     tensors = _base_tensors(model)
     unique = {names[0]: tensors[names[0]].detach() for names in shared_names(tensors)}
     shards.write(folder, STEM, unique)
     config = files.read_json(source / "config.json")
-    config["quantization_config"] = {"quant_method": METHOD} | _describe(model, source)
-    files.write_json(folder / "config.json", config)
+    files.write_json(folder / "config.json", config | {"quantization_config": described})
     generation = source / "generation_config.json"
     if generation.is_file():
         shutil.copy(generation, folder)
+    _check_written(folder, source)
+
+
+def _check_written(folder: Path, source: Path) -> None:
+    """Refuse what `load_folder` would refuse, as far as the files' headers show."""
+    settings = read_settings(folder)
+    model = _skeleton(folder, settings)
+    quantize_model(model, QLoRAConfig(rank=1, **settings.base))
+    try:
+        _places(folder, shards.Shards(folder, STEM), _base_tensors(model))
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{folder}/")  # which will be gone
+        raise ValueError(f"{source}: its model cannot be read back in 4 bits: {reason}") from error
 
 
 def _describe(model: nn.Module, source: Path) -> dict[str, Any]:
     """The fields of Settings, as JSON holds them."""
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QLoRALinear)]
-    bases = [base_settings(layer) for _, layer in layers]
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in modules if isinstance(module, QLoRALinear)}
+    bases = [base_settings(layer) for layer in layers.values()]
     if not bases or any(base != bases[0] for base in bases):
         raise ValueError("model must hold quantized layers, all with the same format and scales")
-    dtypes = {f"{name}.weight": layer.base_dtype for name, layer in layers}
-    dtypes |= {name: p.dtype for name, p in model.named_parameters() if not p.requires_grad}
-    usual = skeleton(read_config(source), model.config.dtype).named_parameters(
-        remove_duplicate=False
-    )
+    dtypes = {name: tensor.dtype for name, tensor in _base_tensors(model).items()}
+    dtypes |= {f"{name}.weight": layer.base_dtype for name, layer in layers.items()}
+    usual = skeleton(read_config(source), model.config.dtype).state_dict(keep_vars=True)
     others = {
         name: _name(dtypes[name])
-        for name, parameter in usual
-        if dtypes.get(name, parameter.dtype) != parameter.dtype
+        for name, tensor in usual.items()
+        if dtypes.get(name, tensor.dtype) != tensor.dtype
     }
     settings = bases[0] | {"dtype": _name(model.config.dtype)}
     return settings | ({"other_dtypes": others} if others else {})

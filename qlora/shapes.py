@@ -59,6 +59,7 @@ def _read_config(path: Path) -> Any:
 
     fields = files.read_json(path)
     fields.pop("quantization_config", None)  # a base in 4 bits has the shapes of its dense original
+    fields.pop("auto_map", None)  # code that came with the model is never run
     kind = fields.pop("model_type", None)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"{path}: model_type must be a causal language model's; got {kind!r}")

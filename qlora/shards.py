@@ -13,8 +13,9 @@ from torch import Tensor
 from qlora import files
 
 SHARD_BYTES = 2 * 10**9  # a file holds no more, unless it is a single tensor
+MAP_BYTES = 256 * 10**6  # after so much has been read of a file it is mapped anew
 
-_DTYPES = {
+_BY_NAME = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -40,7 +41,8 @@ class Entry:
 class Shards:
     """The tensors of a folder's safetensors files, of which one at a time is open.
 
-    The files are STEM.safetensors, or those that STEM.safetensors.index.json names.
+    What is read of a file stays in memory as long as the file is mapped, so that a large one is opened
+    again now and then: no more than MAP_BYTES and one tensor are mapped. The files are STEM.safetensors, or those that STEM.safetensors.index.json names.
 
     Attributes:
         entries: by key, in the order in which reading opens each file once.
@@ -50,7 +52,8 @@ class Shards:
         self.entries: dict[str, Entry] = {}
         self._file: Any = None
         self._path: Path | None = None
-        for path in _paths(folder, stem):
+        self._read_bytes = 0
+        for path in paths(folder, stem) or [folder / f"{stem}.safetensors"]:
             self._open(path)
             self._list(path)
         self.close()
@@ -61,15 +64,17 @@ class Shards:
             if key in self.entries:
                 raise ValueError(f"{path}: {key} is in {self.entries[key].file.name} as well")
             part = self._file.get_slice(key)
-            dtype = _DTYPES.get(part.get_dtype())
+            dtype = _BY_NAME.get(part.get_dtype())
             self.entries[key] = Entry(path, tuple(part.get_shape()), dtype)
 
     def read(self, key: str) -> Tensor:
         """A tensor on the CPU, in the file's mapped memory: what is to stay must be copied."""
         entry = self.entries[key]
-        if self._path != entry.file:
+        if self._path != entry.file or self._read_bytes >= MAP_BYTES:
             self._open(entry.file)
-        return self._file.get_tensor(key)
+        tensor = self._file.get_tensor(key)
+        self._read_bytes += tensor.nbytes
+        return tensor
 
     def close(self) -> None:
         """Drop the open file's map, as far as no tensor uses it."""
@@ -85,16 +90,21 @@ class Shards:
             raise FileNotFoundError(f"{path}: no such file")
         try:
             self._file = safe_open(path, framework="pt").__enter__()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
-        self._path = path
+        except (SafetensorError, ValueError, OSError) as error:
+            raise ValueError(
+                f"{path}: truncated or not a safetensors file ({error}); "
+                "download it again; is it a git-lfs pointer?"
+            ) from error
+        self._path, self._read_bytes = path, 0
 
 
-def _paths(folder: Path, stem: str) -> list[Path]:
-    """The one file, or those that the index names."""
+def paths(folder: Path, stem: str = "model") -> list[Path]:
+    """The one file, or those that the index names; none where neither is there."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.is_file() or not index.is_file():
+    if single.is_file():
         return [single]
+    if not index.is_file():
+        return []
     names = files.read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index}: weight_map must name the file of each tensor")

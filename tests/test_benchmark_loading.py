@@ -50,6 +50,7 @@ def test_every_step_is_in_the_table(
         return loading._run(step, *arguments)
 
     monkeypatch.setattr(loading, "_child", here)
+    tmp_path /= "new"
     arguments = ["--gigabytes", "0.004", "--folder", str(tmp_path)]
     assert loading.main(arguments) == 0
     table = capsys.readouterr().out
@@ -60,7 +61,29 @@ def test_every_step_is_in_the_table(
     monkeypatch.setattr(loading, "_fits", lambda folder: False)
     assert loading.main(arguments) == 0
     assert "load all, then quantize   not run" in capsys.readouterr().out
-    assert made == ["make", "load", "quantize", "reload", "dense", "load", "quantize", "reload"]
+    steps = list(loading.STEPS)
+    assert made == ["make", *steps, *steps[:-1]]
+    with pytest.raises(SystemExit):
+        loading.main(["--gigabytes", "0.01", "--folder", str(tmp_path)])
+    assert "dense: is not of 0.01 GB" in capsys.readouterr().err
+
+
+def test_one_file_holds_what_several_do(tmp_path: Path) -> None:
+    loading.make(tmp_path / "dense", 0.004, shard_bytes=10**6)
+    loading.join(tmp_path / "dense", tmp_path / "single")
+    several, one = (load_dense(tmp_path / name).state_dict() for name in ("dense", "single"))
+    assert several.keys() == one.keys()
+    assert all(torch.equal(several[name], one[name]) for name in one)
+    assert len(list((tmp_path / "single").glob("*.safetensors"))) == 1
+
+
+def test_a_gpu_that_is_not_there_is_a_clear_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        loading.main(["--device", "cuda"])
+    assert "--device cuda: this machine has no CUDA GPU" in capsys.readouterr().err
 
 
 def test_a_step_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:

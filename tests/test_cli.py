@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from qlora import QLoRAConfig, pretrained, quantize_4bit
 from qlora.__main__ import field_descriptions, main
@@ -159,6 +159,7 @@ def test_a_folder_in_4_bits_takes_the_models_place(
     size = sum(path.stat().st_size for path in quantized.iterdir())
     assert f"written to {quantized}: {size:,} bytes" in captured.out
     assert "bits per parameter        5.000" in captured.out
+    assert "adapter" not in captured.out
     assert "load and quantize: 100%" in captured.err
 
     results = []
@@ -274,6 +275,33 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
         main([command, "--help"])
     assert done.value.code == 0
     assert f"example:\n  qlora {command} " in capsys.readouterr().out
+
+
+def test_a_dense_base_is_not_offered_where_there_is_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = {}
+    for command in ("quantize", "evaluate"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        words[command] = " ".join(capsys.readouterr().out.split())
+    assert "or none to leave the base dense" in words["evaluate"]
+    assert "none" not in words["quantize"]
+    assert '"int4" (default: nf4)' in words["quantize"]
+    assert "unless transformers merges weights (mixtures of experts)" in words["quantize"]
+
+
+def test_a_folder_that_is_read_as_a_whole_is_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96}
+    kind = MixtralConfig(**sizes, num_attention_heads=4, num_hidden_layers=1, num_local_experts=2)
+    folder = tiny.model_folder(tmp_path / "experts", MixtralForCausalLM(kind))
+    assert main(["quantize", str(folder), str(tmp_path / "out"), "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    reason = "0.0 GB and more of memory: transformers merges or splits weights as it reads them"
+    assert captured.err.count(f"qlora: warning: {folder}: read as a whole, {reason}") == 1
+    assert "not linear, left dense    model.layers.*.mlp.experts.gate_up_proj (" in captured.out
 
 
 def test_every_setting_is_a_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -424,9 +452,9 @@ def test_memory_says_what_a_step_takes(place: Path, capsys: pytest.CaptureFixtur
     options = ["--rank", "4", "--batch", "2", "--length", "64", "--dtype", "float32"]
     assert main(["memory", str(place / "model"), *options]) == 0
     out = capsys.readouterr().out
-    assert "2 x 64 tokens in float32, adapters of rank 4 in float32, paged_adamw_32bit" in out
+    assert "2 x 64 tokens in float32, 16 times a step; adapters of rank 4 in float32; paged_" in out
     assert "optimizer states" in out
-    assert "8 GiB  fits, 7.0 GiB to spare" in out
+    assert "8 GiB  fits, 6.9 GiB to spare" in out
 
 
 def test_memory_explains_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -598,6 +599,7 @@ def test_the_report() -> None:
         left_alone=(),
         quantized_parameters=weights,
         dense_parameters=10 * 64 + 96,
+        other_dense=(),
         quantized_bytes=quantized_bytes,
         trainable_parameters=adapter,
         bytes_before=4 * weights + dense_bytes,
@@ -615,3 +617,31 @@ def test_the_report() -> None:
         "bytes before": "52,096 (0.0 MiB)",
         "bytes after": "10,576 (0.0 MiB)",
     }
+
+
+def test_the_report_names_what_takes_as_much_memory_as_before() -> None:
+    """Experts held as one parameter for a layer; not what is small, nor embeddings and linear layers."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    kind = MixtralConfig(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        num_local_experts=4,
+    )
+    report = quantize_model(MixtralForCausalLM(kind), config())
+    gate_up, down, router = 2 * 4 * 2 * 96 * 64, 2 * 4 * 64 * 96, 2 * 4 * 64
+    layer = "model.layers.*.mlp"
+    assert report.other_dense == (
+        (f"{layer}.experts.gate_up_proj", gate_up),
+        (f"{layer}.experts.down_proj", down),
+        (f"{layer}.gate.weight", router),
+    )
+    total = report.quantized_parameters + report.dense_parameters
+    row = f"not linear, left dense    {layer}.experts.gate_up_proj ({gate_up:,}, {gate_up / total:.0%})"
+    assert row in str(report)
+    mostly_linear = replace(report, quantized_parameters=40 * (gate_up + down))
+    assert "not linear" not in str(mostly_linear)
+    assert "adapter" not in str(replace(report, adapted=(), trainable_parameters=0))

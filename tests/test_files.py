@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors
 import torch
 
 from qlora import files
@@ -60,6 +64,45 @@ def test_a_folder_whose_replacement_never_came_goes_back_to_its_place(tmp_path: 
     files.remove_leftovers(tmp_path)
     assert names(tmp_path) == ["checkpoint-000100"]
     assert (tmp_path / "checkpoint-000100" / "file").read_text().endswith(".old")
+
+
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    """Of the same folder, and of no process that still runs."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = [f".{name}.{ended.pid}.tmp" for name in ("out", "out2", "a.out")]
+    running = f".out.{os.getppid()}.tmp"
+    for name in (*left, running):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    with files.new_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == sorted([*left[1:], running, "out"])
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    """What it points to is made, even where that is not there yet."""
+    link, target = tmp_path / "link", tmp_path / "far" / "target"
+    link.symlink_to(target)
+    for content in ("one", "two"):
+        with files.new_folder(link) as temporary:
+            (temporary / content).touch()
+        assert link.is_symlink()
+        assert names(target) == [content]
+    assert names(tmp_path / "far") == ["target"]
+    with pytest.raises(ValueError, match="target: exists already and is not an empty folder"):
+        files.check_new_folder(link)
+
+
+def test_a_full_disk_is_an_error_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match=r"t: cannot write \(No space left on device\)"):
+        files.write_tensors(tmp_path / "t", {"x": torch.ones(2)})
+    assert names(tmp_path) == []
 
 
 def test_a_folder_goes_back_to_its_place_when_its_replacement_fails(

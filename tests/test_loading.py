@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 
 from qlora import QLoRAConfig, QLoRALinear, loading, pretrained, quantize_model, shards
 from qlora.pretrained import load_quantized
+from qlora.tensor_names import NotStreamable
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -72,10 +74,10 @@ def config(**settings: Any) -> QLoRAConfig:
     return QLoRAConfig(**{"rank": 2, "blocksize": 32} | settings)
 
 
-def streamed(folder: Path, **settings: Any) -> tuple[nn.Module, Any] | None:
+def streamed(folder: Path, **settings: Any) -> tuple[nn.Module, Any]:
     torch.manual_seed(5)
     convert = partial(quantize_model, config=config(**settings))
-    return loading.load(folder, convert, CPU, torch.float32)
+    return loading.load_and_quantize(folder, convert, CPU, torch.float32)
 
 
 def dense(folder: Path, **settings: Any) -> tuple[nn.Module, Any]:
@@ -113,7 +115,6 @@ def test_it_is_the_dense_path_bit_for_bit(tmp_path: Path, name: str, dtype: torc
     folder = save(build(name).to(dtype), tmp_path)
     assert len(list(folder.glob("*.safetensors"))) > 1
     ours = streamed(folder)
-    assert ours is not None
     drawn = torch.rand(3)
     theirs = dense(folder)
     assert torch.equal(drawn, torch.rand(3))
@@ -136,7 +137,6 @@ def test_it_is_the_dense_path_bit_for_bit(tmp_path: Path, name: str, dtype: torc
 def test_every_setting_arrives(tmp_path: Path, settings: dict[str, Any]) -> None:
     folder = save(build("llama").bfloat16(), tmp_path, "1GB")
     ours, theirs = streamed(folder, **settings), dense(folder, **settings)
-    assert ours is not None
     assert ours[1] == theirs[1]
     assert_same(ours[0], theirs[0])
 
@@ -147,7 +147,6 @@ def test_the_dtype_is_what_config_json_says(tmp_path: Path, declared: str | None
     folder = save(build("llama"), tmp_path)
     edit(folder, dtype=declared)
     ours, theirs = streamed(folder), dense(folder)
-    assert ours is not None
     assert ours[1] == theirs[1]
     assert_same(ours[0], theirs[0])
 
@@ -165,7 +164,6 @@ def test_keys_of_older_folders_are_known(tmp_path: Path) -> None:
     rewrite(gpt2, lambda t: {key.removeprefix("transformer."): v for key, v in t.items()})
     for folder in (llama, gpt2):
         ours = streamed(folder)
-        assert ours is not None
         assert_same(ours[0], dense(folder)[0])
 
 
@@ -177,38 +175,78 @@ def rewrite(
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "reason"),
     [
-        lambda t: t | {"extra": torch.ones(2)},
-        lambda t: {key: v for key, v in t.items() if "up_proj" not in key},
-        lambda t: t | {"lm_head.weight": torch.ones(258, 32)},
-        lambda t: t | {"lm_head.weight": torch.ones(258, 64, dtype=torch.int32)},
+        (lambda t: t | {"extra": torch.ones(2)}, "extra is not in config.json's model"),
+        (
+            lambda t: {key: v for key, v in t.items() if "0.mlp.up_proj" not in key},
+            "model.layers.0.mlp.up_proj.weight is missing in the files",
+        ),
+        (
+            lambda t: t | {"lm_head.weight": torch.ones(258, 32)},
+            r"lm_head.weight is \(258, 32\) in the files and \(258, 64\) by config.json",
+        ),
+        (
+            lambda t: t | {"lm_head.weight": torch.ones(258, 64, dtype=torch.int32)},
+            "lm_head.weight has another dtype than torch.float32",
+        ),
     ],
     ids=["extra", "missing", "misshapen", "integers"],
 )
 def test_what_does_not_fit_is_left_to_transformers(
-    tmp_path: Path, change: Callable[..., Any]
+    tmp_path: Path, change: Callable[..., Any], reason: str
 ) -> None:
     folder = save(build("llama"), tmp_path, "1GB")
     rewrite(folder, change)
-    assert streamed(folder) is None
+    with pytest.raises(NotStreamable, match=reason):
+        streamed(folder)
 
 
 def test_merged_experts_are_left_to_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = save(hf.MixtralForCausalLM(MERGED), tmp_path)
-    assert streamed(folder) is None
-    model, report = load_quantized(folder, config())
+    said = r"folder: read as a whole, 0\.0 GB and more of memory: transformers merges or splits"
+    torch.manual_seed(5)
+    with pytest.warns(UserWarning, match=said.replace("folder", re.escape(str(folder)))):
+        model, report = load_quantized(folder, config(), precision="float32")
     assert len(report.quantized) == 8
     assert_same(model, dense(folder)[0])
 
 
-def test_both_of_two_tied_weights_are_left_to_transformers(tmp_path: Path) -> None:
-    """It compares them, and unties what differs."""
+def test_a_model_that_transformers_keeps_in_part_in_fp32_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(build("llama").bfloat16(), tmp_path)
+    monkeypatch.setattr(
+        hf.LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["norm"], raising=False
+    )
+    with pytest.raises(NotStreamable, match="keeps a part of this model in float32"):
+        streamed(folder)
+
+
+def test_weights_under_another_name_are_left_to_transformers(tmp_path: Path) -> None:
+    folder = save(build("llama"), tmp_path, "1GB")
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    with pytest.raises(NotStreamable, match=r"neither model\.safetensors nor an index"):
+        streamed(folder)
+
+
+def test_of_two_equal_tied_weights_one_is_dropped(tmp_path: Path) -> None:
+    folder = save(build("llama, tied"), tmp_path, "1GB")
+    rewrite(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    ours, theirs = streamed(folder), dense(folder)
+    assert ours[1] == theirs[1]
+    assert ours[0].lm_head.weight is ours[0].model.embed_tokens.weight
+    assert_same(ours[0], theirs[0])
+
+
+def test_two_different_tied_weights_are_left_to_transformers(tmp_path: Path) -> None:
+    """It unties them."""
     folder = save(build("llama, tied"), tmp_path, "1GB")
     rewrite(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1})
-    assert streamed(folder) is None
-    model = load_quantized(folder, config())[0]
+    reason = r"lm_head.weight and model.embed_tokens.weight are tied by config.json and differ"
+    with pytest.warns(UserWarning, match=reason):
+        model = load_quantized(folder, config())[0]
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
@@ -220,7 +258,6 @@ def test_a_tied_weight_may_go_by_either_name(tmp_path: Path) -> None:
         lambda t: {key.replace("model.embed_tokens", "lm_head"): v for key, v in t.items()},
     )
     ours = streamed(folder)
-    assert ours is not None
     assert ours[0].lm_head.weight is ours[0].model.embed_tokens.weight
     both = (ours[0], dense(folder)[0])
     assert_same(*map(tiny.randomize_adapter, both))
@@ -262,7 +299,6 @@ def test_one_file_is_open_at_a_time_and_none_afterwards(
     monkeypatch.setattr(shards.Shards, "_open", spy_open)
     monkeypatch.setattr(loading, "put", spy_put)
     ours = streamed(folder)
-    assert ours is not None
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert opened == files + files, "for the headers, and for the data"
     assert max(map(len, mapped)) <= 1
@@ -310,14 +346,15 @@ def test_a_gpu_holds_the_quantized_model_and_one_tensor(tmp_path: Path) -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=8192, num_hidden_layers=8, **sizes))
     folder = save(model, tmp_path, "20MB")
     convert = partial(quantize_model, config=config())
-    loading.load(folder, convert, torch.device("cuda"), torch.bfloat16)  # compiles the kernels
+    loading.load_and_quantize(
+        folder, convert, torch.device("cuda"), torch.bfloat16
+    )  # compiles the kernels
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     made = []
     for device in ("cuda", "cpu"):
         torch.manual_seed(5)
-        loaded = loading.load(folder, convert, torch.device(device), torch.bfloat16)
-        assert loaded is not None
+        loaded = loading.load_and_quantize(folder, convert, torch.device(device), torch.bfloat16)
         made.append(loaded[0])
     held = torch.cuda.memory_allocated() - before
     largest = 8192 * 512 * 4  # the embeddings, in fp32
@@ -332,38 +369,3 @@ def test_a_gpu_holds_the_quantized_model_and_one_tensor(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 one.base_weight().cpu(), other.base_weight(), rtol=0.05, atol=0
             )
-
-
-# --- shards.py --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("limit", [1, 100, 300, 10**9])
-def test_what_is_written_is_read(tmp_path: Path, limit: int) -> None:
-    dtypes = (torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool)
-    tensors = {f"t{i}": torch.arange(i * 10).to(dtype) for i, dtype in enumerate(dtypes)}
-    shards.write(tmp_path, "stem", tensors, limit)
-    found = shards.Shards(tmp_path, "stem")
-    assert found.entries.keys() == tensors.keys()
-    for key, tensor in tensors.items():
-        entry = found.entries[key]
-        assert (entry.shape, entry.dtype) == (tuple(tensor.shape), tensor.dtype)
-        assert torch.equal(found.read(key), tensor)
-    sizes = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
-    assert len(sizes) == {1: 5, 100: 3, 300: 2, 10**9: 1}[limit]
-    assert (tmp_path / "stem.safetensors.index.json").exists() == (len(sizes) > 1)
-
-
-def test_a_damaged_index_is_named(tmp_path: Path) -> None:
-    shards.write(tmp_path, "stem", {"a": torch.ones(2), "b": torch.ones(2)}, 1)
-    index = tmp_path / "stem.safetensors.index.json"
-    first, second = sorted(tmp_path.glob("*.safetensors"))
-    save_file({"a": torch.ones(2)}, second)
-    with pytest.raises(ValueError, match=f"{second.name}: a is in {first.name} as well"):
-        shards.Shards(tmp_path, "stem")
-    second.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{second.name}: no such file"):
-        shards.Shards(tmp_path, "stem")
-    for content in ("{", '{"weight_map": 1}', '{"weight_map": {"a": 1}}', "{}"):
-        index.write_text(content)
-        with pytest.raises(ValueError, match=r"stem\.safetensors\.index\.json"):
-            shards.Shards(tmp_path, "stem")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -17,7 +19,8 @@ from transformers import (
     GPTNeoXForCausalLM,
 )
 
-from qlora.pretrained import load_dense, load_tokenizer
+from qlora import QLoRAConfig
+from qlora.pretrained import load_dense, load_quantized, load_tokenizer, save_dense
 from tests import tiny
 
 SIZES = {
@@ -66,6 +69,96 @@ def test_a_config_that_is_not_of_these_files_is_refused(
     assert message in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "foo"}, "config.json: "),
+        ({"hidden_size": "64"}, "config.json: "),
+        ({"num_attention_heads": 0}, "config.json: "),
+        ({"hidden_act": "none"}, "cannot read the model that config.json describes ("),
+        ({"vocab_size": None}, "config.json"),
+        ({"model_type": "nothing"}, "config.json: The checkpoint you are trying to load has model"),
+        (
+            {"model_type": "nothing", "auto_map": {"AutoConfig": "own.Config"}},
+            "config.json: the model brings code of its own (auto_map), which is not supported",
+        ),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_in_config_json_is_not_blamed_on_others(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit_config(folder, **changes)
+    assert message in refusal(folder)
+    if "config.json: " in message:
+        with pytest.raises(ValueError, match=r"config\.json: "):
+            load_tokenizer(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of reading it as a whole
+        with pytest.raises(ValueError, match=r"config\.json"):
+            load_quantized(folder, QLoRAConfig())
+
+
+def test_code_that_a_folder_brings_is_not_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody asked whether to."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\n")
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Config"}
+    edit_config(folder, model_type="nothing", auto_map=own)
+    assert "code of its own" in refusal(folder)
+    edit_config(folder, model_type="llama")
+    load_dense(folder)
+    path = folder / "tokenizer_config.json"
+    changes = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Config", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=r"the tokenizer brings code of its own \(auto_map\)"):
+        load_tokenizer(folder)
+    assert not ran.exists()
+
+
+def test_settings_for_generation_that_cannot_be_read_are_named(folder: Path) -> None:
+    for content in ("{", "[]", '{"max_new_tokens": "many"}'):
+        (folder / "generation_config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"generation_config\.json: "):
+            load_quantized(folder, QLoRAConfig())
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 100\n"
+
+
+@pytest.mark.parametrize("content", [POINTER, b"", None], ids=["pointer", "empty", "truncated"])
+def test_a_damaged_file_is_named(folder: Path, content: bytes | None) -> None:
+    shutil.rmtree(folder)
+    tiny.llama().save_pretrained(folder, max_shard_size="60KB")
+    file = sorted(folder.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-10] if content is None else content)
+    said = f"{file.name}: truncated or not a safetensors file"
+    for message in (said, "download it again; is it a git-lfs pointer?"):
+        assert message in refusal(folder)
+    with pytest.raises(ValueError, match=said):
+        load_quantized(folder, QLoRAConfig())
+    file.unlink()
+    assert f"{file.name}: no such file" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "model.safetensors.index.json: weight_map must name" in refusal(folder)
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    model = load_dense(folder)
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(OSError, match=r"out: cannot write \(No space left on device\)"):
+        save_dense(model, folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_missing_and_damaged_files_are_named(folder: Path, tmp_path: Path) -> None:
     for name, message in (("config.json", "no such file"), ("model.safetensors", "no *.safeten")):
         copy = Path(shutil.copytree(folder, tmp_path / name))
@@ -73,7 +166,7 @@ def test_missing_and_damaged_files_are_named(folder: Path, tmp_path: Path) -> No
         assert message in refusal(copy)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    assert "cannot read the model" in refusal(folder)
+    assert "model.safetensors: truncated or not a safetensors file" in refusal(folder)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="model: cannot read the tokenizer"):
         load_tokenizer(folder)

@@ -52,6 +52,15 @@ def test_a_base_that_is_quantized_has_the_shapes_of_its_original(tmp_path: Path)
     assert model_config(path).hidden_size == 64
 
 
+def test_code_that_came_with_the_model_is_not_run(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    own = {"auto_map": {"AutoModelForCausalLM": "model.Model"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (tmp_path / "model.py").write_text("raise SystemExit('was run')")
+    assert type(meta_model(model_config(path), torch.float32)).__name__ == "LlamaForCausalLM"
+
+
 def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"llama-65b, a config.json or .*; got llama-9b"):
         model_config("llama-9b")

@@ -31,27 +31,27 @@ SPINE = (
     "qlora.train",
     "qlora.__main__",
 )
-WITHOUT_TRITON = ("formats", "checks", "reference", "reference_adamw", "cpu", "ops")
+WITHOUT_TRITON = ("formats", "checks", "reference", "reference_adamw", "cpu", "cpu_adamw", "ops")
 
 # Source files whose tests are not in the test file of the same name.
 TESTED_BY = {
     "kernels/checks.py": "test_ops.py",
+    "kernels/cpu_adamw.py": "test_adamw.py",
     "kernels/decode.py": "test_nf4.py",
     "kernels/fused_linear.py": "test_linear.py",
     "kernels/many_tokens.py": "test_linear.py",
     "qlora/__init__.py": "test_structure.py",
     "qlora/__main__.py": "test_cli.py",
     "qlora/batching.py": "test_data.py",
-    "qlora/buckets.py": "test_paged.py",
     "qlora/commands.py": "test_cli.py",
     "qlora/evaluation.py": "test_train.py",
+    "qlora/folder_config.py": "test_model_folders.py",
     "qlora/generate.py": "test_cli.py",
-    "qlora/paged_checks.py": "test_paged.py",
     "qlora/pretrained.py": "test_cli.py",
     "qlora/progress.py": "test_train.py",
     "qlora/recipe.py": "test_train.py",
     "qlora/records.py": "test_data.py",
-    "qlora/shards.py": "test_loading.py",
+    "qlora/tensor_names.py": "test_loading.py",
 }
 
 
