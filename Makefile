@@ -3,7 +3,7 @@
 # make lint    style and format
 # make bench   time what this machine can run, against what is installed
 # make gpu     GPU tests, then benchmarks, on the machine's own Python: nothing is installed
-# make gpu-65b a training step of LLaMA-65B's shapes below 48 GB, and of 33B's below 24 GiB; likewise
+# make gpu-65b what a training step of LLaMA-65B's shapes takes, and of 33B's (48 GB, 24 GiB are aimed at); likewise
 #
 # All but the last two make .venv first. PYTHON=python3.12 chooses the interpreter, of .venv or for `make gpu`.
 
@@ -54,8 +54,10 @@ gpu: has-gpu
 	exit $$failed
 
 gpu-65b: has-gpu
-	$(PYTHON) -m paper_repro memory --model 33b --run
-	$(PYTHON) -m paper_repro memory --model 65b --run
+	@failed=0; \
+	$(PYTHON) -m paper_repro memory --model 33b --run || failed=1; \
+	$(PYTHON) -m paper_repro memory --model 65b --run || failed=1; \
+	exit $$failed
 
 has-gpu:
 	@$(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || \

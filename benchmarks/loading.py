@@ -2,7 +2,8 @@
 
 A folder of random bf16 weights in the shape of a LLaMA is quantized while it is loaded, quantized
 and saved, and loaded again from what was saved; for comparison it is also loaded as a whole and then
-quantized. The first is done once more with all weights in one file, as transformers 5 writes them. Each in a process of its own, whose peak of memory the system keeps.
+quantized. The first is done once more with all weights in one file, as transformers 5 writes them. Each in
+a process of its own, whose peak of memory the system keeps.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def make(folder: Path, gigabytes: float, shard_bytes: int = SHARD_BYTES) -> int:
 
 
 def join(dense: Path, single: Path) -> None:
-    """The folder with its tensors in one file, copied one at a time.
+    """The folder with its bf16 tensors in one file, copied one at a time.
 
     A safetensors file is the length of its header in 8 bytes, the header in JSON, and the data.
     """

@@ -20,6 +20,9 @@ from qlora.kernels import formats, reference, reference_adamw
 _STEP_SLAB = 2**17
 """Elements of a parameter that are updated at a time, whole tiles of state: what lies between fits a cache."""
 
+_RUN = _STEP_SLAB // formats.STATE_TILE
+"""Small parameters that are updated together, at most."""
+
 _States = Sequence[tuple[Tensor, Tensor | None, bool]]
 """Of both moments: what holds them, absmax, and whether they have a sign."""
 
@@ -43,7 +46,9 @@ def adamw(
 
     def key(index: int) -> object:
         is_small = 0 < params[index].numel() <= formats.STATE_TILE
-        return rows[index] if is_small and rng is None and grads[index] is not None else index
+        if is_small and rng is None and grads[index] is not None:
+            return rows[index], index // _RUN
+        return index
 
     start = 0
     for _, group in groupby(range(len(params)), key):
@@ -109,9 +114,8 @@ def _step_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, scalars: list[float]) -> 
     change = torch.sub(g, m).mul_(weight1)
     m.add_(change)
     v.mul_(beta2).add_(torch.mul(g, weight2, out=change).mul_(g))
-    root = torch.from_numpy(
-        np.sqrt(v.numpy(), out=change.numpy())
-    )  # correctly rounded, unlike torch's
+    # numpy's root is correctly rounded, unlike torch's.
+    root = torch.from_numpy(np.sqrt(v.numpy(), out=change.numpy()))
     update = torch.mul(m, step_size).div_(root.div_(root2).add_(eps))
     return p.mul_(decay).sub_(update)
 
@@ -158,7 +162,7 @@ def _state_codes(normalized: Tensor, signed: bool) -> Tensor:
 def _places(sizes: tuple[int, ...]) -> _Places:
     """For parameters of these sizes, a tile at most."""
     counts = np.array(sizes, dtype=np.int64)
-    tile = np.repeat(np.cumsum(counts > 0) - 1, counts)
+    tile = np.repeat(np.arange(len(sizes)), counts)
     element = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
     place = tile * formats.STATE_TILE + element
     used, number = np.unique(place // formats.STATE_BLOCKSIZE, return_inverse=True)

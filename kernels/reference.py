@@ -37,9 +37,8 @@ def normalize(blocks: Tensor) -> tuple[Tensor, Tensor]:
     is exact. A block of zeros stays zero.
     """
     absmax = blocks.abs().amax(dim=1)
-    lift = torch.where(absmax < 2.0**-100, 2.0**64, 1.0).to(
-        absmax.dtype
-    )  # of torch's default dtype
+    # Of two numbers `where` makes a tensor of torch's default dtype, whatever that is.
+    lift = torch.where(absmax < 2.0**-100, 2.0**64, 1.0).to(absmax.dtype)
     inverse = torch.where(absmax > 0, 1.0 / (absmax * lift), 0.0)
     return blocks * lift[:, None] * inverse[:, None], absmax
 

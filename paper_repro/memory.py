@@ -10,7 +10,7 @@ import torch
 
 from paper_repro import draw, lora_inputs, one_step
 from paper_repro.experiment import Claim, Experiment, Result, table
-from paper_repro.lab import OUT, Lab, library_digest, provenance
+from paper_repro.lab import OUT, Lab, code_digest, library_digest, provenance
 from qlora import files, shapes
 from qlora import memory as planner
 
@@ -26,7 +26,7 @@ FIGURE6 = {
 }
 PARTS = ("model", "adapters", "gradients", "optimizer", "activations")
 LIMITS = {"65b": 48 * 10**9, "33b": 24 * GIB}
-"""Bytes of the cards that the paper names: one of 48 GB, and one of 24 GB, taken as the latter is sold."""
+"""Bytes of the cards that the paper names: 48 GB in units of 10^9, the stricter reading; cards of 24 GB have 24 GiB."""
 
 
 def run(lab: Lab) -> Result:
@@ -67,8 +67,13 @@ def take_step(size: str) -> Path:
     if device.type == "cuda":
         origin["device"] = torch.cuda.get_device_name(device)
     path = OUT / f"memory-run-{size}-{device.type}.json"
-    files.write_json(path, result | {"measured_on": origin, "library": library_digest()})
+    files.write_json(path, result | {"measured_on": origin, "code": _code()})
     return path
+
+
+def _code() -> str:
+    """A digest of what determines a step's figures."""
+    return library_digest() + code_digest([Path(one_step.__file__)])
 
 
 def _runs(folder: Path) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def _runs(folder: Path) -> dict[str, Any]:
         paths = (folder / f"memory-run-{size}-{kind}.json" for kind in ("cuda", "cpu"))
         if path := next((path for path in paths if path.is_file()), None):
             run = files.read_json(path)
-            found[size] = run | {"is_stale": run["library"] != library_digest()}
+            found[size] = run | {"is_stale": run["code"] != _code()}
     return found
 
 
@@ -101,12 +106,13 @@ def _planned_limits(result: Result) -> dict[str, int]:
     return {size: _total(result["models"][size]) for size in LIMITS}
 
 
+def _gpu_runs(result: Result) -> dict[str, Any]:
+    """Whole models on a GPU, with the code of this report."""
+    return {size: r for size, r in result["runs"].items() if r["on_gpu"] and not r["is_stale"]}
+
+
 def _gpu_limits(result: Result) -> dict[str, int]:
-    """Peaks of whole models on a GPU."""
-    runs = result["runs"]
-    return {
-        size: runs[size]["peak_bytes"] for size in LIMITS if size in runs and runs[size]["on_gpu"]
-    }
+    return {size: r["peak_bytes"] for size, r in _gpu_runs(result).items() if size in LIMITS}
 
 
 def _within(peaks: dict[str, int]) -> bool | None:
@@ -126,8 +132,8 @@ def _gpu_limits_in_words(result: Result) -> str:
 
 def _deviations(result: Result) -> list[float]:
     """Of each step that was run on a GPU, from what was planned for it."""
-    runs = [run for run in result["runs"].values() if run["on_gpu"]]
-    return [step["peak_bytes"] / step["planned_bytes"] - 1 for run in runs for step in run["steps"]]
+    steps = [step for run in _gpu_runs(result).values() for step in run["steps"]]
+    return [step["peak_bytes"] / step["planned_bytes"] - 1 for step in steps]
 
 
 def _ratio(result: Result) -> float:

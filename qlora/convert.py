@@ -58,7 +58,7 @@ class QuantizationReport:
             ("bits per parameter", f"{self.bits_per_parameter:.3f}"),
             *self._adapter_rows(),
             ("linear layers left alone", ", ".join(self.left_alone) or "none"),
-            *self._dense_rows(),
+            *([("not linear, left dense", self.notable_dense)] if self.notable_dense else []),
             ("bytes before", _bytes(self.bytes_before)),
             ("bytes after", _bytes(self.bytes_after)),
         ]
@@ -72,14 +72,14 @@ class QuantizationReport:
             ("trainable parameters", f"{self.trainable_parameters:,}"),
         ]
 
-    def _dense_rows(self) -> list[tuple[str, str]]:
-        """What is no linear layer and yet a good part of the model: it takes as much memory as before."""
+    @property
+    def notable_dense(self) -> str:
+        """The parts of `other_dense`, in words, if they are a good part of the model; else ""."""
         total = self.quantized_parameters + self.dense_parameters
         if sum(count for _, count in self.other_dense) < _NOTABLE * total:
-            return []
+            return ""
         parts = [f"{name} ({count:,}, {count / total:.0%})" for name, count in self.other_dense]
-        more = ["..."] if len(parts) > _SHOWN else []
-        return [("not linear, left dense", ", ".join(parts[:_SHOWN] + more))]
+        return ", ".join(parts[:_SHOWN] + (["..."] if len(parts) > _SHOWN else []))
 
 
 def _bytes(count: int) -> str:

@@ -44,8 +44,6 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     A folder that already lies there is replaced as a whole; a link, what it points to.
     """
     path = Path(os.path.realpath(path))
-    if path.parent.is_dir():
-        remove_leftovers(path.parent, of=path.name)
     temporary = _temporary(path)
     old = temporary.with_name(f"{temporary.name}.old")
     mode = _usual_mode(temporary)
@@ -70,8 +68,13 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_new_folder(path: str | os.PathLike[str]) -> None:
-    """Refuse a place to which `new_folder` is not to write."""
+    """Refuse a place to which `new_folder` is not to write; remove what a killed process left of it.
+
+    One machine at a time may write there: whether a process on another one still runs cannot be told.
+    """
     path = Path(os.path.realpath(path))
+    if path.parent.is_dir():
+        remove_leftovers(path.parent, of=path.name)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path}: exists already and is not an empty folder")
     if path == Path.cwd():

@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+
 from qlora.config import QLoRAConfig
+from qlora.convert import quantize_model
 from qlora.memory import MemoryPlan, plan_memory
 from qlora.recipe import TrainConfig
+from qlora.shapes import meta_model
 
 GIB = 2**30
 
@@ -57,11 +61,10 @@ def report(config: Any, lora: QLoRAConfig, train: TrainConfig) -> Iterator[str]:
     plans = {on: plan_memory(config, lora, _with_checkpointing(train, on)) for on in (True, False)}
     plan = plans[train.gradient_checkpointing]
     yield table(plans[True], plans[False])
-    if plan.dense > plan.weights:
-        yield (
-            "Most of it stays dense. Linear layers are quantized; experts held as one parameter of three "
-            "dimensions, say, are not."
-        )
+    if lora.format and (
+        dense := quantize_model(meta_model(config, torch.bfloat16), lora).notable_dense
+    ):
+        yield f"Left dense, as they are no linear layers: {dense}"
     yield "\n".join(cards(config, Option((), lora, train, plan)))
 
 

@@ -18,6 +18,7 @@ import torch
 from qlora.config import QLoRAConfig
 from qlora.convert import quantize_model
 from qlora.evaluation import max_positions, module_modes, summed_loss
+from qlora.folder_config import first_line
 from qlora.kernels import tuning
 from qlora.modules import QLoRALinear
 from qlora.paged import state_bytes
@@ -144,7 +145,7 @@ def _peak_of_step(
     try:
         trace_step(model, train, trace)
     except Exception as error:  # in a model's own code, which may do anything
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = first_line(error)[:200]
         name = type(model).__name__
         raise ValueError(f"config: a step of {name} cannot be worked out ({reason})") from error
     gradients = [parameter.grad for parameter in adapters if parameter.grad is not None]

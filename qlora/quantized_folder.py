@@ -210,13 +210,13 @@ def save(model: nn.Module, source: Path, folder: Path) -> None:
 
 def _check_written(folder: Path, source: Path) -> None:
     """Refuse what `load_folder` would refuse, as far as the files' headers show."""
-    settings = read_settings(folder)
-    model = _skeleton(folder, settings)
-    quantize_model(model, QLoRAConfig(rank=1, **settings.base))
     try:
+        settings = read_settings(folder)
+        model = _skeleton(folder, settings)
+        quantize_model(model, QLoRAConfig(rank=1, **settings.base))
         _places(folder, shards.Shards(folder, STEM), _base_tensors(model))
-    except ValueError as error:
-        reason = str(error).removeprefix(f"{folder}/")  # which will be gone
+    except (ValueError, OSError) as error:
+        reason = str(error).replace(str(folder), "what was written")  # and will be gone
         raise ValueError(f"{source}: its model cannot be read back in 4 bits: {reason}") from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qlora import files
+from qlora.folder_config import first_line
 
 # hidden size, layers, heads, feed-forward size (Touvron et al. 2023, LLaMA, table 2)
 LLAMA: dict[str, tuple[int, int, int, int]] = {
@@ -66,7 +67,7 @@ def _read_config(path: Path) -> Any:
     try:
         return AutoConfig.for_model(kind, **fields)
     except Exception as error:  # what is raised differs from one config to the next
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = first_line(error)[:200]
         raise ValueError(f"{path}: transformers cannot read it ({reason})") from error
 
 

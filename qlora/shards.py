@@ -42,7 +42,8 @@ class Shards:
     """The tensors of a folder's safetensors files, of which one at a time is open.
 
     What is read of a file stays in memory as long as the file is mapped, so that a large one is opened
-    again now and then: no more than MAP_BYTES and one tensor are mapped. The files are STEM.safetensors, or those that STEM.safetensors.index.json names.
+    again now and then: no more than MAP_BYTES and one tensor are mapped. The files are STEM.safetensors,
+    or those that STEM.safetensors.index.json names.
 
     Attributes:
         entries: by key, in the order in which reading opens each file once.

@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from qlora import functional
 class AllocationTrace(TorchDispatchMode):
     """Within the block, take down when the memory of each new tensor comes and goes.
 
-    Only what lies on `device` is counted. What an operator takes and gives back inside (a kernel's scratch memory) is not seen, nor are tensors that
-    were there before.
+    Only what lies on `device` is counted. What an operator takes and gives back inside (a kernel's scratch
+    memory) is not seen, nor are tensors that were there before.
 
     Args:
         device: the kind of device, "meta" or "cpu" or "cuda".
@@ -137,22 +138,46 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
+_scaled_dot_product_attention, _dropout = F.scaled_dot_product_attention, F.dropout
+
+
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **rest: Any,
 ) -> Tensor:
+    if not query.is_meta:
+        return _scaled_dot_product_attention(query, key, value, attn_mask, *args, **rest)
     return _FusedAttention.apply(query, key, value, attn_mask)
 
 
-# What autocast does on a GPU, as far as language models go; see torch's page on its op-specific behaviour.
+def _fused_dropout(
+    x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    """What it kept is held as true and false, where the meta device holds numbers."""
+    if x.is_meta and training and 0 < p < 1:
+        return torch.native_dropout(x, p, True)[0]
+    return _dropout(x, p, training, inplace)
+
+
+# What autocast does on a GPU to the operations of language models; torch's header autocast_mode.h has all.
 _IN_16_BITS = (
-    *((functional, "in_autocast_dtype"), (F, "linear")),
-    *((torch, name) for name in ("matmul", "bmm", "baddbmm")),
-    *((Tensor, name) for name in ("matmul", "__matmul__", "bmm", "baddbmm")),
+    *((functional, "in_autocast_dtype"), (F, "linear"), (F, "scaled_dot_product_attention")),
+    *((torch, name) for name in ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum")),
+    *((Tensor, name) for name in ("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm")),
 )
 _IN_32_BITS = (
-    *((F, "layer_norm"), (F, "softmax"), (torch, "softmax"), (torch, "pow"), (torch, "rsqrt")),
-    *((Tensor, name) for name in ("softmax", "pow", "__pow__", "rsqrt")),
+    *((F, name) for name in ("layer_norm", "softmax", "log_softmax", "softplus")),
+    *((torch, name) for name in ("softmax", "log_softmax", "pow", "rsqrt", "exp", "cumsum")),
+    *(
+        (Tensor, name)
+        for name in ("softmax", "log_softmax", "pow", "__pow__", "rsqrt", "exp", "cumsum")
+    ),
 )
+_lock = RLock()
 
 
 @contextmanager
@@ -161,9 +186,11 @@ def as_on_a_gpu(dtype: torch.dtype) -> Iterator[None]:
 
     Left alone it spells attention out, with all its scores, and knows no autocast. Functions are replaced, not
     intercepted by a mode: modes of that kind are off in the backward pass, where checkpointed blocks run again.
+    What other threads compute meanwhile, on other devices, is left as it is.
     """
-    with ExitStack() as stack:
+    with _lock, ExitStack() as stack:
         _replace(stack, F, "scaled_dot_product_attention", _attention)
+        _replace(stack, F, "dropout", _fused_dropout)
         if dtype != torch.float32:
             for kind, places in ((dtype, _IN_16_BITS), (torch.float32, _IN_32_BITS)):
                 for owner, name in places:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ def sent_to(tensor: Tensor) -> int:
 
 def free_bytes() -> int:
     """What the driver counts as free, once all is done and torch keeps nothing back."""
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]

@@ -74,9 +74,19 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     running = f".out.{os.getppid()}.tmp"
     for name in (*left, running):
         (tmp_path / name / "inner").mkdir(parents=True)
-    with files.new_folder(tmp_path / "out"):
-        pass
-    assert names(tmp_path) == sorted([*left[1:], running, "out"])
+    files.check_new_folder(tmp_path / "out")
+    assert names(tmp_path) == sorted([*left[1:], running])
+
+
+def test_a_folder_that_comes_back_to_its_place_is_not_written_over(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    old = tmp_path / f".out.{ended.pid}.tmp.old"
+    old.mkdir()
+    (old / "file").touch()
+    with pytest.raises(ValueError, match="exists already and is not an empty folder"):
+        files.check_new_folder(tmp_path / "out")
+    assert names(tmp_path / "out") == ["file"]
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

@@ -79,7 +79,13 @@ def test_the_table_shows_both_ways_and_adds_up() -> None:
 def test_experts_that_stay_dense_are_pointed_out() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 258}
     experts = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    assert any("stays dense" in part for part in report(experts, LORA, RECIPE))
+    _, said, _ = report(experts, LORA, RECIPE)
+    assert said.startswith("Left dense, as they are no linear layers: model.layers.*.mlp.experts.")
+    assert len(list(report(experts, QLoRAConfig(format=None), RECIPE))) == 2
+
+
+def test_an_embedding_is_no_news() -> None:
+    assert len(list(report(small(vocab_size=50_000), LORA, RECIPE))) == 2
 
 
 def _plan(total: float, optimizer: float = 0.0) -> MemoryPlan:

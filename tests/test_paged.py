@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -313,6 +314,7 @@ def test_states_make_room_and_come_back_unchanged() -> None:
 @pytest.mark.gpu
 @compiled_only
 def test_no_optimizer_leaks_on_the_gpu() -> None:
+    gc.collect()  # what earlier tests left would come back in between
     numel = min(2**24, torch.cuda.mem_get_info()[0] // 256)
     p = torch.nn.Parameter(torch.zeros(numel, device="cuda"))
     p.grad = torch.ones_like(p)
@@ -321,4 +323,4 @@ def test_no_optimizer_leaks_on_the_gpu() -> None:
         PagedAdamW([p]).step()
         torch.cuda.synchronize()
         first = first or torch.cuda.mem_get_info()[0]
-    assert abs(torch.cuda.mem_get_info()[0] - first) < 8 * numel, "less than one is missing"
+    assert first - torch.cuda.mem_get_info()[0] < 8 * numel, "less than one is missing"

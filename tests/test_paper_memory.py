@@ -78,14 +78,14 @@ def test_a_run_is_kept_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     result = memory.run(lab)
     assert memory.section(result).count("extrapolated)") == 1
     assert "with other code" not in memory.section(result)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"library": "another"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"code": "another"}))
     assert "with other code" in memory.section(memory.run(lab))
 
 
 def test_a_gpus_run_is_preferred(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "OUT", tmp_path)
     for kind in ("cpu", "cuda"):
-        run = {"library": "", "steps": [], "on_gpu": kind == "cuda"}
+        run = {"code": "", "steps": [], "on_gpu": kind == "cuda"}
         (tmp_path / f"memory-run-65b-{kind}.json").write_text(json.dumps(run))
     assert memory.run(Lab(tmp_path / "cache"))["runs"]["65b"]["on_gpu"]
 

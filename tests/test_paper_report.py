@@ -276,6 +276,14 @@ def test_what_needs_a_gpu_is_not_run_without_one() -> None:
     assert "No step was run" in EXPERIMENTS["memory"].section(result)
 
 
+def test_a_run_with_other_code_proves_nothing() -> None:
+    result, claims = passing_results()["memory"], EXPERIMENTS["memory"].claims
+    for run in result["runs"].values():
+        run["is_stale"] = True
+    assert [claim.verdict(result) for claim in claims][1:3] == [NOT_RUN, NOT_RUN]
+    assert "with other code than this report's" in EXPERIMENTS["memory"].section(result)
+
+
 def test_one_model_beyond_its_limit_is_enough() -> None:
     result, claims = passing_results()["memory"], EXPERIMENTS["memory"].claims
     del result["runs"]["33b"]

@@ -180,7 +180,7 @@ def test_what_could_not_be_read_back_is_not_written(
 
     monkeypatch.setattr(quantized_folder, "_describe", forget)
     said = (
-        r"dense: its model cannot be read back in 4 bits: quantized[\w.-]*safetensors: "
+        r"dense: its model cannot be read back in 4 bits: what was written/quantized[\w.-]*safetensors: "
         r"lm_head\.weight must have dtype torch\.float32; got torch\.bfloat16"
     )
     with pytest.raises(ValueError, match=said):

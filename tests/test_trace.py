@@ -76,6 +76,26 @@ def test_fused_attention_keeps_no_square() -> None:
     assert heads.grad.shape == heads.shape
 
 
+def test_other_devices_are_left_alone() -> None:
+    heads = torch.randn(1, 2, 8, 4)
+    expected = F.scaled_dot_product_attention(heads, heads, heads)
+    with as_on_a_gpu(torch.bfloat16):
+        assert torch.equal(F.scaled_dot_product_attention(heads, heads, heads), expected)
+        assert torch.equal(F.dropout(heads, 0.5, training=False), heads)
+        assert (heads @ heads.mT).dtype == torch.float32
+
+
+def test_dropout_keeps_true_and_false() -> None:
+    x = torch.empty(100, device="meta", requires_grad=True)
+    with as_on_a_gpu(torch.float32), AllocationTrace("meta") as trace:
+        trace.exclude(x)
+        y = F.dropout(x, 0.1)
+        assert trace.live() == 100 + y.nbytes
+        y.sum().backward()
+    with as_on_a_gpu(torch.float32):
+        assert F.dropout(x, 0.1, training=False) is x or F.dropout(x, 0.0).shape == x.shape
+
+
 def test_a_mask_of_true_and_false_is_kept_as_numbers() -> None:
     heads = torch.empty(1, 2, 64, 16, device="meta", requires_grad=True)
     mask = torch.ones(64, 64, dtype=torch.bool, device="meta")
@@ -90,6 +110,8 @@ def test_autocast_as_on_a_gpu() -> None:
     single = x.float()
     with as_on_a_gpu(torch.bfloat16):
         assert F.linear(single, x).dtype == (single @ x.mT).dtype == torch.bfloat16
+        heads = single.view(1, 1, 3, 8)
+        assert F.scaled_dot_product_attention(heads, heads, heads).dtype == torch.bfloat16
         assert F.layer_norm(x, (8,)).dtype == torch.float32
         assert x.pow(2).dtype == (x**2).dtype == torch.pow(x, 2).dtype == torch.float32
         assert x.softmax(-1).dtype == torch.float32
