@@ -76,9 +76,9 @@ def memory(
                     label = part if place == 0 and offset < 0 else None
                     axes.bar(place + offset, size / 1024, 0.38, bottom, color=color, label=label)
                     bottom += size / 1024
-                over = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                over = {"facecolor": "white", "edgecolor": "none", "pad": 0.2}
                 label = f"{bottom:.1f}"
-                axes.text(place + offset, bottom + 0.5, label, ha="center", color=GREY, bbox=over)
+                axes.text(place + offset, bottom + 0.9, label, ha="center", color=GREY, bbox=over)
         for gibibytes in (24, 48):
             axes.axhline(gibibytes, color="black", linewidth=0.8, linestyle="--")
             axes.text(-0.48, gibibytes + 0.4, f"{gibibytes} GiB", color="black")

@@ -237,7 +237,7 @@ def _runs_in_words(runs: dict[str, Any]) -> str:
 
 def _step_in_words(step: dict[str, Any]) -> str:
     return (
-        f"{step['layers']} layers {step['peak_bytes'] / MIB:,.0f} MiB (planned "
+        f"{step['layers']} layer{'s' * (step['layers'] > 1)} {step['peak_bytes'] / MIB:,.0f} MiB (planned "
         f"{step['planned_bytes'] / MIB:,.0f}; the process {step['resident_bytes'] / MIB:,.0f} at most), "
         f"{step['step_seconds']:g} s"
     )
