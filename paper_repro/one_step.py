@@ -85,6 +85,7 @@ def _steps(name: str, layers: int, device: torch.device) -> dict[str, Any]:
         step(0)
         started = time.monotonic()
         loss, peak = _measured(lambda: step(1), model, device)
+    step_seconds = time.monotonic() - started
     return {
         "layers": layers,
         "loss": loss,
@@ -94,7 +95,7 @@ def _steps(name: str, layers: int, device: torch.device) -> dict[str, Any]:
         "planned_bytes": plan_memory(config, LORA, RECIPE).total,
         "resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "build_seconds": round(build_seconds, 1),
-        "step_seconds": round(time.monotonic() - started, 1),
+        "step_seconds": round(step_seconds, 1),
     }
 
 
