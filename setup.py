@@ -6,6 +6,7 @@ from setuptools import setup
 
 HF = ["transformers>=5.17", "safetensors>=0.5", "tokenizers>=0.22", "tqdm>=4.60"]
 REPRO = [*HF, "accelerate>=1.0", "gguf>=0.17", "matplotlib>=3.8"]
+TRAINERS = ["trl>=1.0", "datasets>=4.0"]
 PEERS = ["bitsandbytes>=0.49", "peft>=0.18", "torchao>=0.18"]
 
 setup(
@@ -26,7 +27,7 @@ setup(
     extras_require={
         "hf": HF,
         "repro": REPRO,
-        "test": [*REPRO, *PEERS, "pytest>=8", "hypothesis>=6.100", "ruff>=0.12"],
+        "test": [*REPRO, *PEERS, *TRAINERS, "pytest>=8", "hypothesis>=6.100", "ruff>=0.12"],
         "bench": [*REPRO, *PEERS],
     },
     entry_points={"console_scripts": ["qlora = qlora.__main__:main"]},

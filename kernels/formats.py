@@ -189,7 +189,7 @@ FORMATS: dict[str, Format] = {
         Format("int4", tuple((code - 16 * (code > 7)) / 7 for code in range(16))),
     )
 }
-"""4-bit data types by name."""
+"""4-bit data types by name: the built-in ones, and those that `user_formats.register_format` adds."""
 
 SCALE_FORMATS: dict[str, ScaleFormat] = {
     fmt.name: fmt
@@ -231,7 +231,10 @@ def state_tiles(numel: int) -> int:
 def check_format(format: str) -> None:
     """Raise ValueError unless `format` names a 4-bit data type."""
     if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+        raise ValueError(
+            f"format must be one of {', '.join(FORMATS)}, or another name after "
+            f"qlora.register_format(name, values); got {format!r}"
+        )
 
 
 def check_scale_format(scale_format: str) -> None:

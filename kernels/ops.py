@@ -31,15 +31,18 @@ def _define(schema: str, cuda_module: str, fake: Callable[..., Any]) -> None:
     """Register `qlora::schema` with the implementations of that name in `cpu` and in `cuda_module`."""
     name = schema.partition("(")[0]
 
-    def cuda(*args: Any) -> Any:
-        with (
-            torch.no_grad()
-        ):  # no op has autograd, and torch's out= refuses what requires a gradient
-            return getattr(importlib.import_module(f"qlora.kernels.{cuda_module}"), name)(*args)
+    # No op has autograd: an exported program, say, calls one where gradients are recorded.
+    @torch.no_grad()
+    def on_cpu(*args: Any) -> Any:
+        return getattr(cpu, name)(*args)
+
+    @torch.no_grad()
+    def on_cuda(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"qlora.kernels.{cuda_module}"), name)(*args)
 
     torch.library.define(f"qlora::{name}", schema.removeprefix(name))
-    torch.library.impl(f"qlora::{name}", "CPU")(getattr(cpu, name))
-    torch.library.impl(f"qlora::{name}", "CUDA")(cuda)
+    torch.library.impl(f"qlora::{name}", "CPU")(on_cpu)
+    torch.library.impl(f"qlora::{name}", "CUDA")(on_cuda)
     torch.library.register_fake(f"qlora::{name}")(fake)
 
 

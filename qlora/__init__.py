@@ -1,12 +1,26 @@
 """QLoRA from scratch: a frozen base model in 4 bits, LoRA adapters trained through it."""
 
-from qlora.adapters import enable_adapters, load_adapter, merge, save_adapter
+from qlora.adapter_files import adapter_bytes, load_adapter, save_adapter
+from qlora.adapters import (
+    adapter_names,
+    add_adapter,
+    combine_adapters,
+    delete_adapter,
+    disable_adapters,
+    enable_adapters,
+    set_adapter,
+    use_adapter,
+)
 from qlora.config import QLoRAConfig
-from qlora.convert import QuantizationReport, quantize_model
+from qlora.convert import quantize_model
 from qlora.functional import qlora_linear
+from qlora.kernels.user_formats import register_format
+from qlora.loraplus import loraplus_groups
+from qlora.merging import merge
 from qlora.modules import LoRALinear, QLoRALinear
 from qlora.paged import PagedAdamW
 from qlora.quantized import QuantizedTensor, dequantize_4bit, quantize_4bit
+from qlora.report import QuantizationReport
 
 __all__ = [
     "LoRALinear",
@@ -15,12 +29,22 @@ __all__ = [
     "QLoRALinear",
     "QuantizationReport",
     "QuantizedTensor",
+    "adapter_bytes",
+    "adapter_names",
+    "add_adapter",
+    "combine_adapters",
+    "delete_adapter",
     "dequantize_4bit",
+    "disable_adapters",
     "enable_adapters",
     "load_adapter",
+    "loraplus_groups",
     "merge",
     "qlora_linear",
     "quantize_4bit",
     "quantize_model",
+    "register_format",
     "save_adapter",
+    "set_adapter",
+    "use_adapter",
 ]

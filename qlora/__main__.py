@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,12 @@ import torch
 
 from qlora import commands
 from qlora.config import BASE_FIELDS, QLoRAConfig
+from qlora.flags import HINTS, add_data_fields, add_fields, add_finetune_groups
 from qlora.recipe import TrainConfig
 from qlora.records import PROMPT_STYLES
 
 _DENSE = "local Hugging Face model folder with *.safetensors (models are not downloaded)"
-_MODEL = f"{_DENSE}, or what qlora quantize made of one"
+_MODEL = f"{_DENSE}, or one in 4 bits: of qlora quantize, or of transformers with bitsandbytes"
 _DATA = (
     "JSON Lines file, each line with prompt and completion, or instruction, input and output, or "
     "messages, or text; or a plain text file"
@@ -95,13 +94,20 @@ def _quantize(parsers: Any) -> None:
         The weights are read, quantized and dropped one at a time: the dense model is never in
         memory, unless transformers merges weights (mixtures of experts) or changes them otherwise,
         of which a warning tells. OUT is then a MODEL for the other commands, with the same results
-        to the last bit.
+        to the last bit. With --layout bitsandbytes it is also one for transformers.
         """,
         "qlora quantize ./llama-7b ./llama-7b-nf4",
     )
     parser.add_argument("model", metavar="MODEL", help=_DENSE)
     parser.add_argument("out", metavar="OUT", help="folder to write; it must be new or empty")
-    _add_fields(parser, QLoRAConfig, BASE_FIELDS, dense=False)
+    parser.add_argument(
+        "--layout",
+        choices=("qlora", "bitsandbytes"),
+        default="qlora",
+        help="how OUT holds the model; bitsandbytes: for AutoModelForCausalLM.from_pretrained as well, nf4 or fp4 "
+        "with dynamic8 (default: qlora)",
+    )
+    add_fields(parser, QLoRAConfig, BASE_FIELDS, dense=False)
     _add_device(parser)
 
 
@@ -116,21 +122,32 @@ def _finetune(parsers: Any) -> None:
         command goes on where it was, to the same result. The defaults are the recipe of Guanaco.
         """,
         "qlora finetune ./llama-7b oasst1.jsonl --output ./guanaco --steps 1875",
+        """\
+        on a small machine:
+          qlora finetune ./smollm-135m data.jsonl --output ./mine --rank 16 --max-length 256 \\
+            --gradient-accumulation-steps 4 --steps 200
+        a large model, planned for one GPU of 48 GB (see qlora memory):
+          qlora finetune ./llama-65b data.jsonl --output ./mine --learning-rate 1e-4 --dropout 0.05 \\
+            --adapter-dtype bfloat16
+        """,
+        HINTS,
     )
+    parser.usage = "qlora finetune MODEL DATA --output DIR [settings]"
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("data", metavar="DATA", help=_DATA)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the adapter")
-    parser.add_argument("--evaluation-data", metavar="FILE", help="held-out data, as DATA")
-    _add_pack(parser)
     parser.add_argument(
         "--no-resume",
         dest="resume",
         action="store_false",
         help="start over: delete the checkpoints in DIR instead of going on from the latest",
     )
-    _add_fields(parser.add_argument_group("adapter and base"), QLoRAConfig)
-    _add_fields(parser.add_argument_group("training"), TrainConfig)
     _add_device(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument("--evaluation-data", metavar="FILE", help="held-out data, as DATA")
+    _add_pack(data)
+    add_data_fields(data)
+    add_finetune_groups(parser)
 
 
 def _evaluate(parsers: Any) -> None:
@@ -151,7 +168,7 @@ def _evaluate(parsers: Any) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="examples at once (default: 8)"
     )
-    _add_fields(parser, TrainConfig, ("max_length", "precision"))
+    add_fields(parser, TrainConfig, ("max_length", "precision"))
     _add_base(parser)
     _add_device(parser)
 
@@ -178,7 +195,7 @@ def _generate(parsers: Any) -> None:
     _add_number(parser, "--temperature", 0.0, "0: always the likeliest token; above: sample")
     _add_number(parser, "--top-p", 1.0, "sample from the likeliest tokens of this probability")
     _add_number(parser, "--seed", 0, "seed of the sampling")
-    _add_fields(parser, TrainConfig, ("precision",))
+    add_fields(parser, TrainConfig, ("precision",))
     _add_base(parser)
     _add_device(parser)
 
@@ -190,7 +207,8 @@ def _merge(parsers: Any) -> None:
         "add an adapter to its base and write a dense model",
         """\
         The base is quantized as in training and dequantized, the adapter added in fp32, the sum
-        rounded once. The result is a usual model folder that transformers loads by itself.
+        rounded once. The result is a usual model folder that transformers loads by itself; or, with
+        --requantize, one in 4 bits for the other commands, and the error that costs is printed.
         """,
         "qlora merge ./llama-7b ./guanaco ./guanaco-merged --dtype bfloat16",
     )
@@ -202,6 +220,16 @@ def _merge(parsers: Any) -> None:
         choices=("bfloat16", "float16", "float32"),
         default="bfloat16",
         help="dtype of the written weights (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--onto-original",
+        action="store_true",
+        help="add the adapter to the weights in MODEL as they are, not to what 4 bits left of them",
+    )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="write the sum in 4 bits, as the base was; without --onto-original a small adapter is rounded away",
     )
     _add_base(parser)
 
@@ -232,15 +260,19 @@ def _memory(parsers: Any) -> None:
         default="bfloat16",
         help="dtype of the computation (default: bfloat16)",
     )
-    _add_fields(parser, TrainConfig, ("optimizer", "gradient_checkpointing", "offload_checkpoints"))
-    _add_fields(parser.add_argument_group("adapter and base"), QLoRAConfig)
+    add_fields(parser, TrainConfig, ("optimizer", "gradient_checkpointing", "offload_checkpoints"))
+    add_fields(parser.add_argument_group("adapter and base"), QLoRAConfig)
 
 
-def _command(parsers: Any, run: Any, summary: str, text: str, example: str) -> Any:
+def _command(
+    parsers: Any, run: Any, summary: str, text: str, example: str, more: str = "", hints: str = ""
+) -> Any:
+    description = f"{summary.capitalize()}.\n\n{inspect.cleandoc(text)}\n\nexample:\n  {example}"
     parser = parsers.add_parser(
         run.__name__,
         help=summary,
-        description=f"{summary.capitalize()}.\n\n{inspect.cleandoc(text)}\n\nexample:\n  {example}",
+        description=f"{description}\n{inspect.cleandoc(more)}".rstrip(),
+        epilog=hints,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
@@ -278,56 +310,7 @@ def _add_base(parser: Any) -> None:
         "by default as MODEL is in 4 bits, or as the adapter was trained; the defaults below where "
         "that is not known",
     )
-    _add_fields(group, QLoRAConfig, BASE_FIELDS)
-
-
-def _add_fields(
-    parser: Any, config: type, names: Iterable[str] | None = None, dense: bool = True
-) -> None:
-    """A flag for each field of a config class; its help is what the class says of the field.
-
-    A flag that is not given leaves no attribute behind, so the class's own default holds. Help that
-    offers a dense base says so after "; or None", which is left out where `dense` is false.
-    """
-    descriptions = field_descriptions(config)
-    for item in fields(config):
-        if names is None or item.name in names:
-            description = descriptions[item.name]
-            description = description if dense else description.partition("; or None")[0]
-            text = f"{description} (default: {_shown(item.default)})"
-            parser.add_argument(
-                "--" + item.name.replace("_", "-"),
-                help=text.replace("%", "%%").replace("None", "none"),
-                default=argparse.SUPPRESS,
-                **_parsing(item),
-            )
-
-
-def _parsing(item: Field[Any]) -> dict[str, Any]:
-    if item.name == "target_modules":
-        return {"nargs": "+", "metavar": "NAME"}
-    if item.name == "format":
-        return {"type": lambda text: None if text == "none" else text, "metavar": "NAME"}
-    if isinstance(item.default, bool):
-        return {"action": argparse.BooleanOptionalAction}
-    metavars = {int: "N", float: "X", str: "NAME"}
-    # alpha's default is written as an integer, and any number is allowed for it
-    kind = float if item.type == "float" else type(item.default)
-    return {"type": kind, "metavar": metavars[kind]}
-
-
-def _shown(default: Any) -> str:
-    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)
-
-
-def field_descriptions(config: type) -> dict[str, str]:
-    """What the Attributes section of a dataclass's docstring says of each field."""
-    text = inspect.getdoc(config) or ""
-    section = re.search(r"^Attributes:\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
-    found = re.findall(
-        r"^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)", section.group(1), re.MULTILINE | re.DOTALL
-    )
-    return {name: " ".join(description.split()).rstrip(".") for name, description in found}
+    add_fields(group, QLoRAConfig, BASE_FIELDS)
 
 
 if __name__ == "__main__":

@@ -1,333 +1,326 @@
-"""Adapters as files in PEFT's format, and their merging into the base.
+"""The adapters of a model: several on one base, switched, weighted, combined and dropped.
 
-A folder holds `adapter_model.safetensors` and `adapter_config.json`, which PEFT reads and
-writes too, and `qlora_config.json`: the data type of the base that the adapter was trained on, and
-a fingerprint of it.
+The base is never changed by any of this, and answers as before where no adapter is in use.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import warnings
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from qlora import files
-from qlora.config import BASE_FIELDS, QLoRAConfig
-from qlora.modules import LoRALayer, QLoRALinear
+from qlora.adapter import Adapter, AdapterHost, check_name
+from qlora.config import MAX_RANK, QLoRAConfig
+from qlora.convert import check_no_experts, find_linears, saved_names
+from qlora.experts import stack_sizes
+from qlora.lora_layer import LoRALayer, is_conv1d, weight_shape
+from qlora.modules import LoRALinear
+from qlora.saved_modules import SavedModule, wrap
+from qlora.targets import choose_layers
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-BASE_CONFIG = "qlora_config.json"
-
-_PREFIX = "base_model.model."
-_FACTORS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}  # ours and PEFT's names
-_FINGERPRINT = "fingerprint"
-_SAMPLES = 1 << 16  # of a layer's weight, in its fingerprint
-
-# Fields of adapter_config.json that only some values are allowed for. What pissa, loftq and others
-# of that kind start from is a changed base weight, which the adapter's file does not hold.
-_ALLOWED_VALUES: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
-}
-# Fields that we read, or that do not change what a trained adapter computes. Any other field must
-# be empty: it switches on a variant of LoRA.
-_KNOWN_FIELDS = {
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern", "fan_in_fan_out", "inference_mode", "task_type"),
-    *("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "megatron_core"),
-    *("eva_config", "loftq_config", "qalora_group_size", "ensure_weight_tying"),
-}
+Selection = str | Mapping[str, float] | None
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the model's adapter to a folder that `load_adapter` and PEFT read.
-
-    Other files in the folder stay. Each file is replaced as a whole.
+def hosts(model: nn.Module) -> dict[str, AdapterHost]:
+    """The modules that can hold adapters, by name.
 
     Raises:
-        ValueError: layers differ in rank, scaling, dropout or base, for which the files have one
-            place only.
+        ValueError: the model has none, as it was not converted.
     """
-    path = Path(path)
-    layers = _adapted_layers(model)
-    settings = adapter_settings(model)
-    base = {name: settings[name] for name in BASE_FIELDS if name in settings}
-    files.write_tensors(path / WEIGHTS, _by_key(layers))
-    files.write_json(path / CONFIG, _peft_config(model, layers))
-    files.write_json(path / BASE_CONFIG, base | {_FINGERPRINT: base_fingerprint(model)})
+    if not (found := _found_hosts(model)):
+        raise ValueError("model must have adapters: call quantize_model(model, config) first")
+    return found
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Replace the values of the model's adapter by those of a folder from us or from PEFT.
+def _found_hosts(model: nn.Module) -> dict[str, AdapterHost]:
+    return {
+        plain_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, AdapterHost)
+    }
 
-    All is checked before the first value changes. The base is not touched. An adapter that was
-    trained on another base, as far as its folder says, is loaded with a warning.
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the model's adapters, in the order in which they came."""
+    names = (name for host in _found_hosts(model).values() for name in host.adapters)
+    return tuple(dict.fromkeys(names))
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters in use."""
+    return tuple(dict.fromkeys(name for host in hosts(model).values() for name in host.active))
+
+
+def sole_adapter(model: nn.Module, name: str | None = None) -> str:
+    """`name`, if the model has such an adapter; without one, that of the one adapter in use."""
+    if name is not None:
+        _check_known(model, [name])
+        return name
+    active = active_adapters(model)
+    if len(active) != 1:
+        known = ", ".join(adapter_names(model)) or "none"
+        used = ", ".join(active) or "none"
+        raise ValueError(
+            f"model must have one adapter in use: call set_adapter(model, name); in use are {used}, "
+            f"the model has {known}"
+        )
+    return active[0]
+
+
+# --- Which are in use -------------------------------------------------------------------------------
+
+
+def set_adapter(model: nn.Module, adapter: Selection) -> None:
+    """Use an adapter from now on; it becomes trainable and the others frozen.
+
+    Args:
+        model: what `quantize_model` returned from.
+        adapter: an adapter's name; or several with their weights, as {"a": 0.5, "b": 0.5}, whose weighted sum is
+            added to the base; or None for the base alone.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, damaged, made for another model or rank,
-            or uses a variant of LoRA that is not supported; the message names it.
+        ValueError: no adapter of that name; or a weighted sum of what has none, as DoRA and whole modules.
     """
-    path = Path(path)
-    layers = _adapted_layers(model)
-    rank, scaling, _ = _read_peft_config(path / CONFIG)
-    tensors = files.read_tensors(path / WEIGHTS)
-    ours = next(iter(layers.values())).rank
-    if rank != ours:
-        raise ValueError(f"{path}: the adapter has rank {rank}, the model's layers have {ours}")
-    targets = _by_key(layers)
-    _check_tensors(path / WEIGHTS, tensors, targets)
-    trained_on = _read_base(path).get(_FINGERPRINT)
-    if trained_on not in (None, base_fingerprint(model)):
-        warnings.warn(
-            f"{path}: the adapter was trained on another base: other weights, or quantized "
-            "otherwise; what it adds may not fit",
-            stacklevel=2,
-        )
-    with torch.no_grad():
-        for key, parameter in targets.items():
-            parameter.copy_(tensors[key])
-    for layer in layers.values():
-        layer.scaling = scaling
+    weights = _weights(model, adapter)
+    for host in hosts(model).values():
+        host.select(weights)
+        host.adapter_enabled = True
+        for name, module in host.adapters.items():
+            module.requires_grad_(name in weights)
 
 
-def read_config(path: str | os.PathLike[str]) -> QLoRAConfig:
-    """The QLoRAConfig with which `quantize_model` makes a model that this adapter fits.
+@contextmanager
+def use_adapter(model: nn.Module, adapter: Selection | Sequence[str | None]) -> Iterator[None]:
+    """Use an adapter within a `with` block; backward too belongs inside where gradient checkpointing is on.
 
-    An adapter that PEFT wrote does not say what its base was; then the base's settings are the
-    defaults.
+    Args:
+        model, adapter: as for `set_adapter`; or a sequence with an adapter's name, or None for the base, for
+            each row of the batch.
+
+    Raises:
+        ValueError: as `set_adapter`; and by a layer, where its input does not have those rows.
     """
-    path = Path(path)
-    rank, scaling, dropout = _read_peft_config(path / CONFIG)
-    keys = files.read_tensors(path / WEIGHTS).keys()
-    names = {key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in keys}
-    base = _read_base(path)
-    base.pop(_FINGERPRINT, None)
-    try:
-        return QLoRAConfig(
-            rank, scaling * rank, dropout, target_modules=tuple(sorted(names)), **base
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    rows = None
+    if isinstance(adapter, Sequence) and not isinstance(adapter, str):
+        rows = tuple(adapter)
+        _check_known(model, [name for name in rows if name is not None])
+        adapter = None
+    weights = _weights(model, adapter)
+    with _restored(model) as found:
+        for host in found:
+            host.select(weights, rows)
+            host.adapter_enabled = True
+        yield
 
 
-def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every quantized layer, in place, by the dense layer with its adapter added in.
-
-    W + scaling * B A is summed in fp32 over the dequantized W and rounded once, to `dtype` or
-    else to the dtype that the layer had before it was quantized. Returns the model (or, where the
-    model itself is such a layer, the dense layer). Its parameters stay frozen.
-    """
-    dense: dict[LoRALayer, nn.Module] = {}
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(layer, LoRALayer):
-            continue
-        if layer not in dense:
-            dense[layer] = _dense(name, layer, dtype or layer.base_dtype)
-        if layer is model:
-            return dense[layer]
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, dense[layer])
-    if not dense:
-        raise ValueError("model must hold QLoRA layers to merge; it has none")
-    return model
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Hear the base alone within a `with` block."""
+    with _restored(model) as found:
+        for host in found:
+            host.adapter_enabled = False
+        yield
 
 
 def enable_adapters(model: nn.Module, enabled: bool = True) -> None:
     """Switch the model's adapters on, or off: then it answers as its base alone."""
-    for layer in _adapted_layers(model).values():
-        layer.adapter_enabled = enabled
+    for host in hosts(model).values():
+        host.adapter_enabled = enabled
 
 
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by their names in the model."""
-    return {
-        f"{name}.{factor}": getattr(layer, factor)
-        for name, layer in _adapted_layers(model).items()
-        for factor in _FACTORS
-    }
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[list[AdapterHost]]:
+    """Afterwards all is in use that was before, as far as it is still there."""
+    found = list(hosts(model).values())
+    before = [(host.active, host.rows, host.adapter_enabled) for host in found]
+    try:
+        yield found
+    finally:
+        for host, (active, rows, enabled) in zip(found, before, strict=True):
+            host.select(active, rows)
+            host.adapter_enabled = enabled
 
 
-def adapter_settings(model: nn.Module) -> dict[str, Any]:
-    """Rank, scaling, dropout and dtype, and the data type of the base: one value each for all layers."""
-    (first, layer), *others = _adapted_layers(model).items()
-    settings = _layer_settings(layer)
-    for name, other in others:
-        for key, value in _layer_settings(other).items():
-            if value != settings.get(key):
-                raise ValueError(
-                    f"all adapted layers must have the same {key}; got {settings.get(key)!r} in "
-                    f"{first} and {value!r} in {name}"
-                )
-    return settings
+def _weights(model: nn.Module, adapter: Selection) -> dict[str, float]:
+    if adapter is None:
+        return {}
+    weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
+    _check_known(model, weights)
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of adapter {name!r} must be finite; got {weight}")
+    if list(weights.values()) != [1.0] * min(len(weights), 1):
+        _check_summable(model, weights)
+    return weights
 
 
-def base_fingerprint(model: nn.Module) -> str:
-    """A short checksum of the adapted layers' base weights, to tell one base from another.
+def _check_known(model: nn.Module, names: Sequence[str] | Mapping[str, float]) -> None:
+    hosts(model)  # a model that was not converted has a message of its own
+    known = adapter_names(model)
+    for name in names:
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            raise ValueError(f"no adapter {name!r} in the model; it has {listed}")
 
-    It is taken over evenly spaced samples of each weight. A quantized one is known by its codes,
-    which are the same on every device, a dense one by its values in bfloat16, to which it may be
-    cast in order to compute.
+
+def _check_summable(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """A weighted sum takes plain LoRA: what DoRA or a whole module computes is no sum."""
+    for where, host in hosts(model).items():
+        found = [host.adapters[name] for name in weights if name in host.adapters]
+        used = ", ".join(weights)
+        if isinstance(host, SavedModule) and found:
+            raise ValueError(f"{used}: {where} is trained whole, of which there is no weighted sum")
+        if any(adapter.magnitude is not None for adapter in found):
+            raise ValueError(
+                f"{used}: {where} has a DoRA adapter, of which there is no weighted sum"
+            )
+        if len({adapter.dropout for adapter in found}) > 1:
+            raise ValueError(
+                f"{used}: adapters in use together must have the same dropout ({where})"
+            )
+        if (rank := sum(adapter.rank for adapter in found)) > MAX_RANK:
+            raise ValueError(
+                f"{used}: their ranks come to {rank} in {where}, of {MAX_RANK} that are allowed"
+            )
+
+
+# --- What the model has -----------------------------------------------------------------------------
+
+
+def add_adapter(model: nn.Module, config: QLoRAConfig, name: str) -> None:
+    """Add a fresh adapter, which changes nothing until it is trained.
+
+    Args:
+        model: what `quantize_model` returned from.
+        config: the adapter's settings; what it says of the base does not matter.
+        name: letters, digits, '_' and '-'.
+
+    Raises:
+        ValueError: there is one of that name, a name in `config` matches nothing, or `config.init` would change
+            the base.
     """
-    digest = hashlib.sha256()
-    for name, layer in _adapted_layers(model).items():
-        is_dense = not isinstance(layer, QLoRALinear)
-        weight = layer.weight.detach() if is_dense else layer.packed
-        samples = weight.reshape(-1)[:: -(-weight.numel() // _SAMPLES)]
-        values = samples.bfloat16().view(torch.int16) if is_dense else samples
-        digest.update(name.encode() + values.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    check_new_name(model, name)
+    if config.init != "lora":
+        raise ValueError(
+            f"init must be 'lora' on a base that is quantized already; got {config.init!r}"
+        )
+    saved = saved_names(model, config.modules_to_save)
+    linears, heads, _ = find_linears(model, saved)
+    layers = {n: host for n, host in hosts(model).items() if isinstance(host, LoRALayer)}
+    chosen = choose_layers(config.target_modules, layers, [*linears, *heads])
+    if config.dora:
+        stacks = stack_sizes(model)
+        check_no_experts(layer for layer in chosen if layer.rpartition(".")[0] in stacks)
+    for layer in chosen:
+        host = host_of(model, layer)
+        host.add(name, host.new_adapter(config, layer), fresh=True)
+    for module in saved:
+        wrap(model, module).add(name, dtype=config.adapter_torch_dtype)
+    settle_new(model, name)
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Raise ValueError unless a new adapter of the model may be called `name`."""
+    check_name(name)
+    if name in adapter_names(model):
+        raise ValueError(
+            f"there is an adapter {name!r} already: delete_adapter(model, {name!r}) drops it"
+        )
+
+
+def host_of(model: nn.Module, name: str) -> LoRALayer:
+    """The layer called `name`; a plain linear one is wrapped, its weight stays dense.
+
+    Raises:
+        ValueError: it is no linear layer.
+    """
+    module = model.get_submodule(name)
+    if isinstance(module, LoRALayer):
+        return module
+    if not _found_hosts(model):
+        model.requires_grad_(False)
+    if layer_shape(model, name) is None:
+        raise ValueError(f"{name} is a {type(module).__name__}; adapters are for linear layers")
+    layer = LoRALinear(module).train(module.training)
+    module.requires_grad_(False)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+    return layer
+
+
+def layer_shape(model: nn.Module, name: str) -> tuple[int, int] | None:
+    """(n, k) of the linear layer called `name`; None if there is no such layer that can be adapted."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    if isinstance(module, LoRALayer):
+        return module.out_features, module.in_features
+    if type(module) is nn.Linear or is_conv1d(module):
+        return tuple(weight_shape(module))
+    return None
+
+
+def settle_new(model: nn.Module, name: str) -> None:
+    """The first adapter of a model is used at once; others are frozen until they are."""
+    if active_adapters(model) or len(adapter_names(model)) > 1:
+        for host in hosts(model).values():
+            if name in host.adapters:
+                host.adapters[name].requires_grad_(False)
+    else:
+        set_adapter(model, name)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Drop an adapter and its memory. If it was in use, the rest of what was in use is."""
+    _check_known(model, [name])
+    for host in hosts(model).values():
+        host.remove(name)
+
+
+def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
+    """Add an adapter that is the weighted sum of others: their factors side by side, so that ranks add up.
+
+    sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...], exact but for one rounding of each
+    element of B.
+
+    Raises:
+        ValueError: as `set_adapter`; or there is an adapter called `name`.
+    """
+    check_new_name(model, name)
+    weights = _weights(model, weights)
+    if not weights:
+        raise ValueError("weights must name at least one adapter; got none")
+    _check_summable(model, weights)
+    for host in hosts(model).values():
+        parts = [(host.adapters[n], w) for n, w in weights.items() if n in host.adapters]
+        if parts:
+            host.add(name, _side_by_side(parts))
+    settle_new(model, name)
+
+
+@torch.no_grad()
+def _side_by_side(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+    lora_a = torch.cat([adapter.lora_a for adapter, _ in parts])
+    lora_b = torch.cat([weight * a.scaling * a.lora_b.float() for a, weight in parts], dim=1)
+    dropout = parts[0][0].dropout
+    return Adapter(lora_a, lora_b.to(lora_a.dtype), alpha=lora_a.shape[0], dropout=dropout)
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """The parameters of the adapter called `name`, or of all in use, by their names in the model."""
+    return {
+        f"{where}.adapters.{own}.{parameter}": value
+        for where, host in hosts(model).items()
+        for own in ([name] if name is not None else host.active)
+        if own in host.adapters
+        for parameter, value in host.adapters[own].named_parameters()
+    }
 
 
 def plain_name(name: str) -> str:
     """The name of a module or parameter without what `torch.compile` adds to it."""
     return name.replace("_orig_mod.", "")
-
-
-def _layer_settings(layer: LoRALayer) -> dict[str, Any]:
-    adapter = {"rank": layer.rank, "scaling": layer.scaling, "dropout": layer.dropout}
-    dtype = {"dtype": str(layer.lora_a.dtype).removeprefix("torch.")}
-    return adapter | dtype | base_settings(layer)
-
-
-def base_settings(layer: LoRALayer) -> dict[str, Any]:
-    """Fields of QLoRAConfig that say what the base is."""
-    if not isinstance(layer, QLoRALinear):
-        return {"format": None}
-    settings: dict[str, Any] = {"format": layer.format, "blocksize": layer.blocksize}
-    if layer.scale_format:
-        return settings | {"double_quant": True, "scale_format": layer.scale_format}
-    return settings | {"double_quant": False}
-
-
-def _adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    layers = {
-        plain_name(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALayer) and module.lora_a is not None
-    }
-    if not layers:
-        raise ValueError("model must have adapters: call quantize_model(model, config) first")
-    return layers
-
-
-def _by_key(layers: Mapping[str, LoRALayer]) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by their keys in the file."""
-    return {
-        f"{_PREFIX}{name}.{theirs}": getattr(layer, ours)
-        for name, layer in layers.items()
-        for ours, theirs in _FACTORS.items()
-    }
-
-
-def _read_base(path: Path) -> dict[str, Any]:
-    """What the folder says of the base; nothing in a folder of PEFT's."""
-    base = files.read_json(path / BASE_CONFIG) if (path / BASE_CONFIG).exists() else {}
-    if unknown := base.keys() - {*BASE_FIELDS, _FINGERPRINT}:
-        raise ValueError(f"{path / BASE_CONFIG}: unknown field {sorted(unknown)[0]!r}")
-    return base
-
-
-def _peft_config(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, Any]:
-    layer = next(iter(layers.values()))
-    alpha = layer.scaling * layer.rank
-    return {
-        "peft_type": "LORA",
-        "task_type": _task_type(model),
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "inference_mode": True,
-        "r": layer.rank,
-        "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha)) else alpha,
-        "lora_dropout": layer.dropout,
-        "target_modules": _target_modules(model, layers.keys()),
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
-        "bias": "none",
-    }
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """What PEFT's AutoPeftModel... classes look for."""
-    if not hasattr(model, "prepare_inputs_for_generation"):
-        return None
-    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-
-
-def _target_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Last parts of the names (q_proj, ...) where these single out the layers, else all names."""
-    names = set(names)
-    last_parts = {_last_part(name) for name in names}
-    everything = (plain_name(name) for name, _ in model.named_modules())
-    matched = {name for name in everything if _last_part(name) in last_parts}
-    return sorted(last_parts if matched == names else names)
-
-
-def _last_part(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _read_peft_config(path: Path) -> tuple[int, float, float]:
-    """(rank, scaling, dropout), or an error that names what is not supported."""
-    config = files.read_json(path)
-    for name, value in config.items():
-        allowed = _ALLOWED_VALUES.get(name)
-        if (value not in allowed) if allowed else (value and name not in _KNOWN_FIELDS):
-            raise ValueError(f"{path}: {name} = {value!r} is not supported, only plain LoRA is")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    dropout = config.get("lora_dropout", 0.0)
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"{path}: r must be an integer of at least 1; got {rank!r}")
-    for name, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{path}: {name} must be a finite number; got {value!r}")
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), dropout
-
-
-def _check_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], targets: Mapping[str, nn.Parameter]
-) -> None:
-    missing, extra = targets.keys() - tensors.keys(), tensors.keys() - targets.keys()
-    if missing or extra:
-        parts = ((missing, "missing"), (extra, "not in the model"))
-        found = "; ".join(f"{len(keys)} {what} ({_some(keys)})" for keys, what in parts if keys)
-        raise ValueError(f"{path}: the adapter is for another model or other layers: {found}")
-    for key, parameter in targets.items():
-        if tensors[key].shape != parameter.shape:
-            shapes = f"{tuple(tensors[key].shape)}, not {tuple(parameter.shape)}"
-            raise ValueError(f"{path}: the adapter is for another model: {key} has shape {shapes}")
-        if not torch.isfinite(tensors[key]).all():
-            raise ValueError(f"{path}: {key} holds NaN or infinite values")
-
-
-def _some(keys: Iterable[str], count: int = 3) -> str:
-    keys = sorted(keys)
-    return ", ".join(keys[:count]) + (", ..." if len(keys) > count else "")
-
-
-def _dense(name: str, layer: LoRALayer, dtype: torch.dtype) -> nn.Module:
-    exact = layer.merged_weight()
-    weight = exact.to(dtype)
-    if not torch.isfinite(weight).all():
-        hint = (
-            "; merge to bfloat16, which has float32's range" if torch.isfinite(exact).all() else ""
-        )
-        raise ValueError(f"{name or 'model'}: the merged weight is not finite in {dtype}{hint}")
-    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-    with torch.device("meta"):  # no memory and no time for values that are replaced at once
-        if layer.fan_in_fan_out:
-            from transformers.pytorch_utils import Conv1D
-
-            dense, weight = Conv1D(layer.out_features, layer.in_features), weight.mT.contiguous()
-        else:
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None)
-    dense.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias, requires_grad=False)
-    return dense.train(layer.training)

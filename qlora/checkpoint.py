@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from qlora import files
-from qlora.adapters import load_adapter, plain_name, save_adapter
+from qlora.adapter_files import load_adapter, save_adapter
+from qlora.adapters import plain_name, sole_adapter
 
 MANIFEST = "checkpoint.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -71,7 +72,7 @@ def load_checkpoint(
     """
     manifest = files.read_json(path / MANIFEST)
     _check_settings(path, manifest["settings"], settings)
-    load_adapter(model, path)
+    load_adapter(model, path, sole_adapter(model))
     _restore_optimizer(model, optimizer, path / OPTIMIZER)
     return manifest["step"]
 

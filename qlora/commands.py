@@ -18,6 +18,7 @@ _DEVICES = "--device must be cpu, cuda, cuda:1, ..."
 
 
 def finetune(args: Namespace) -> None:
+    from qlora.adapter_files import adapter_bytes
     from qlora.data import load_dataset
     from qlora.pretrained import load_quantized, load_tokenizer
     from qlora.train import train
@@ -39,7 +40,9 @@ def finetune(args: Namespace) -> None:
     print(f"steps {result.steps}, last loss {result.loss:.4f}, {result.seconds:.0f} s")
     if result.evaluation:
         print(_in_words(result.evaluation))
-    print(f"adapter written to {args.output}")
+    size, base = adapter_bytes(model)
+    share = f"{size:,} bytes, {size / base:.2%} of the model's {base:,}"
+    print(f"adapter written to {args.output}: {share}")
 
 
 def evaluate(args: Namespace) -> None:
@@ -78,24 +81,54 @@ def generate(args: Namespace) -> None:
 
 
 def merge(args: Namespace) -> None:
-    from qlora.adapters import merge
     from qlora.files import check_new_folder
-    from qlora.pretrained import load_quantized, place, save_dense
+    from qlora.merging import merge, requantize
+    from qlora.pretrained import check_dense, load_quantized, place, save_dense
 
-    out = Path(args.out)
+    out, source = Path(args.out), Path(args.model)
     check_new_folder(out)
+    if args.onto_original:
+        check_dense(source)
     config = _base_config(args)
-    model, _ = load_quantized(args.model, config, args.adapter, precision="float32")
-    dtype = getattr(torch, args.dtype)
-    save_dense(place(merge(model, dtype), "cpu", dtype), Path(args.model), out)
+    model, _ = load_quantized(source, config, args.adapter, precision="float32")
+    dtype, onto = getattr(torch, args.dtype), source if args.onto_original else None
+    if args.requantize:
+        done = requantize(model, dtype, onto)
+        _save_quantized(place(model, "cpu", dtype), dtype, source, out)
+        print(_losses_in_words(done))
+    else:
+        save_dense(place(merge(model, dtype, onto), "cpu", dtype), source, out)
     print(f"merged model written to {out}")
+
+
+def _save_quantized(model: torch.nn.Module, dtype: torch.dtype, source: Path, out: Path) -> None:
+    from qlora import quantized_folder
+    from qlora.files import new_folder
+    from qlora.pretrained import copy_tokenizer
+
+    model.config.dtype = dtype
+    with new_folder(out) as temporary:
+        copy_tokenizer(source, temporary)
+        quantized_folder.save(model, source, temporary)
+
+
+def _losses_in_words(done: list[Any]) -> str:
+    worst = max(done, key=lambda layer: layer.error)
+    error, adapter, kept = (
+        sum(getattr(layer, part) for layer in done) / len(done)
+        for part in ("error", "adapter", "kept")
+    )
+    return (
+        f"error of the weights in 4 bits: {error:.2%} on average, {worst.error:.2%} at worst ({worst.name}); "
+        f"the adapter had changed them by {adapter:.2%}, of which {kept:.0%} is kept"
+    )
 
 
 def quantize(args: Namespace) -> None:
     from qlora.pretrained import quantize_folder
 
     config = QLoRAConfig(**_given(args, QLoRAConfig))
-    report = quantize_folder(args.model, args.out, config, _device(args))
+    report = quantize_folder(args.model, args.out, config, _device(args), args.layout)
     print(report)
     size = sum(path.stat().st_size for path in Path(args.out).iterdir())
     print(f"written to {args.out}: {size:,} bytes ({size / 2**20:,.1f} MiB)")
@@ -141,7 +174,7 @@ def _load(args: Namespace, precision: str) -> torch.nn.Module:
 
 def _base_config(args: Namespace) -> QLoRAConfig:
     """As the adapter was trained, but for what the command line says otherwise."""
-    from qlora.adapters import BASE_CONFIG, read_config
+    from qlora.adapter_files import BASE_CONFIG, read_config
     from qlora.pretrained import base_settings
 
     config = read_config(args.adapter) if args.adapter else QLoRAConfig(rank=1)
@@ -170,6 +203,8 @@ def _given(args: Namespace, config: type, names: tuple[str, ...] | None = None) 
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if "target_modules" in given:
         given["target_modules"] = _targets(given["target_modules"])
+    if "modules_to_save" in given:
+        given["modules_to_save"] = tuple(given["modules_to_save"])
     return given
 
 

@@ -2,101 +2,39 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
+import torch
 from torch import Tensor, nn
 
-from qlora.config import ALL_LINEAR, QLoRAConfig
-from qlora.modules import LoRALayer, LoRALinear, QLoRALinear, is_conv1d
+from qlora.adapter import DEFAULT, AdapterHost
+from qlora.config import QLoRAConfig
+from qlora.experts import ExpertLinear, expert_linears, is_experts, place_experts, with_siblings
+from qlora.lora_layer import LoRALayer, is_conv1d
+from qlora.modules import LoRALinear, QLoRALinear
 from qlora.quantized import QuantizedTensor
-
-_NOTABLE = 0.03  # a part of all parameters that is worth a row of the report
-_SHOWN = 4
-
-
-@dataclass(frozen=True)
-class QuantizationReport:
-    """What `quantize_model` did; `print` it.
-
-    Attributes:
-        quantized: names of the layers that hold 4-bit weights now.
-        adapted: names of the layers that got an adapter.
-        left_alone: names of the linear layers that stay as they were (output embeddings, tied weights).
-        quantized_parameters: weights held in 4 bits.
-        dense_parameters: all other frozen parameters: embeddings, norms, biases, and whatever is no linear
-            layer (experts held as one 3-D parameter, say).
-        other_dense: of those the matrices that belong to no embedding and no linear layer, by name, with `*`
-            for the numbers of layers, and how many weights go by that name; the most first.
-        quantized_bytes: the bytes that these weights and their scales take.
-        trainable_parameters: the adapters' parameters.
-        bytes_before, bytes_after: all parameters and buffers of the model, adapters included.
-    """
-
-    quantized: tuple[str, ...]
-    adapted: tuple[str, ...]
-    left_alone: tuple[str, ...]
-    quantized_parameters: int
-    dense_parameters: int
-    other_dense: tuple[tuple[str, int], ...]
-    quantized_bytes: int
-    trainable_parameters: int
-    bytes_before: int
-    bytes_after: int
-
-    @property
-    def bits_per_parameter(self) -> float:
-        """Mean over the quantized weights; 0 if there are none."""
-        return 8 * self.quantized_bytes / max(self.quantized_parameters, 1)
-
-    def __str__(self) -> str:
-        rows = [
-            ("quantized layers", f"{len(self.quantized):,}"),
-            ("quantized parameters", f"{self.quantized_parameters:,}"),
-            ("parameters left dense", f"{self.dense_parameters:,}"),
-            ("bits per parameter", f"{self.bits_per_parameter:.3f}"),
-            *self._adapter_rows(),
-            ("linear layers left alone", ", ".join(self.left_alone) or "none"),
-            *([("not linear, left dense", self.notable_dense)] if self.notable_dense else []),
-            ("bytes before", _bytes(self.bytes_before)),
-            ("bytes after", _bytes(self.bytes_after)),
-        ]
-        return "\n".join(f"{name:<26}{value}" for name, value in rows)
-
-    def _adapter_rows(self) -> list[tuple[str, str]]:
-        if not self.adapted:  # a base by itself
-            return []
-        return [
-            ("layers with an adapter", f"{len(self.adapted):,}"),
-            ("trainable parameters", f"{self.trainable_parameters:,}"),
-        ]
-
-    @property
-    def notable_dense(self) -> str:
-        """The parts of `other_dense`, in words, if they are a good part of the model; else ""."""
-        total = self.quantized_parameters + self.dense_parameters
-        if sum(count for _, count in self.other_dense) < _NOTABLE * total:
-            return ""
-        parts = [f"{name} ({count:,}, {count / total:.0%})" for name, count in self.other_dense]
-        return ", ".join(parts[:_SHOWN] + (["..."] if len(parts) > _SHOWN else []))
+from qlora.report import QuantizationReport, model_bytes, report
+from qlora.saved_modules import wrap
+from qlora.targets import choose_by_end, choose_layers
 
 
-def _bytes(count: int) -> str:
-    return f"{count:,} ({count / 2**20:,.1f} MiB)"
-
-
-def quantize_model(model: nn.Module, config: QLoRAConfig | None = None) -> QuantizationReport:
+def quantize_model(
+    model: nn.Module, config: QLoRAConfig | None = None, layers: Collection[str] | None = None
+) -> QuantizationReport:
     """Quantize every linear layer of a model in place, add adapters, and freeze all the rest.
 
-    Converts `nn.Linear` itself (not its subclasses, which mean something else by their weight) and transformers'
-    Conv1D. Embeddings, norms, the output embedding (`lm_head`) and any layer whose weight is tied to an
-    embedding stay as they are. `config.target_modules` chooses the layers that get an adapter; with
-    `config.format=None` only these are touched, and their base stays dense.
+    Converts `nn.Linear` itself (not its subclasses, which mean something else by their weight), transformers' Conv1D,
+    and each expert of transformers' stacked ones (see `qlora.experts`). Embeddings, norms, the output embedding
+    (`lm_head`) and any layer whose weight is tied to an embedding stay as they are, unless `config.target_modules`,
+    which chooses the layers that get an adapter, names them: then they get one over their dense weight. With
+    `config.format=None` only layers with an adapter are touched, and their base stays dense. Modules in
+    `config.modules_to_save` are neither quantized nor adapted.
 
     Args:
         model: any module; on the meta device only the sizes are worked out.
         config: `QLoRAConfig()` by default.
+        layers: names of the layers to hold in 4 bits, if not those named above; the rest stay dense, and get an
+            adapter as they would otherwise.
 
     Returns:
         A report of what was done.
@@ -108,35 +46,101 @@ def quantize_model(model: nn.Module, config: QLoRAConfig | None = None) -> Quant
     config = config or QLoRAConfig()
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise ValueError("model must contain its linear layers; for one layer use from_linear")
-    if any(isinstance(module, LoRALayer) for module in model.modules()):
+    if is_experts(model):
+        raise ValueError("model must contain its experts; got a module of experts by itself")
+    if any(isinstance(module, AdapterHost) for module in model.modules()):
         raise ValueError("model must not have been converted before; it holds LoRA layers already")
-    bytes_before = _model_bytes(model)
-    linears, left_alone = _find_linears(model)
-    adapted = _choose(config.target_modules, linears)
-    chosen = adapted if config.format is None else list(linears)
-    replacements = _replacements(linears, chosen, frozenset(adapted), config)
+    bytes_before = model_bytes(model)
+    saved = saved_names(model, config.modules_to_save)
+    linears, heads, left_alone = find_linears(model, saved)
+    found = linears | heads
+    in_4bit = _to_quantize(config, linears, found, layers)
+    adapted = choose_layers(config.target_modules, linears, heads)
+    if config.dora:
+        check_no_experts(name for name in adapted if isinstance(found[name], ExpertLinear))
+    replacements = _replacements(found, in_4bit, frozenset(adapted), config)
     model.requires_grad_(False)
+    place_experts(model, replacements)
     for name, layer in replacements.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+    save_modules(model, saved, config.adapter_torch_dtype)
     _avoid_fast_paths(model)
-    return _report(model, replacements, left_alone, bytes_before)
+    left_alone = [name for name in [*linears, *left_alone] if name not in replacements]
+    return report(model, replacements, left_alone, bytes_before)
 
 
-def _find_linears(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
-    """The layers to convert by name (a module in two places comes twice), and the ones to leave alone."""
+def check_no_experts(names: Iterable[str]) -> None:
+    """Refuse DoRA on experts before it is trained: an adapter's files have no place for it."""
+    for name in names:
+        raise ValueError(
+            f"dora must be False where experts get an adapter ({name}); name other target_modules"
+        )
+
+
+def _to_quantize(
+    config: QLoRAConfig,
+    linears: Collection[str],
+    found: Collection[str],
+    layers: Collection[str] | None,
+) -> frozenset[str]:
+    if config.format is None:
+        return frozenset()
+    if layers is None:
+        return frozenset(linears)
+    if unknown := sorted(set(layers) - set(found)):
+        raise ValueError(f"layers must name linear layers of the model; got {unknown[0]!r}")
+    return frozenset(layers)
+
+
+def saved_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """The full names of the modules that are trained as a whole."""
+    names = (name for name, _ in model.named_modules())
+    return choose_by_end("modules_to_save", modules_to_save, names)
+
+
+def save_modules(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
+    """Give the new adapter a copy of its own of each of these modules."""
+    for name in names:
+        module = wrap(model, name)
+        module.add(DEFAULT, dtype=dtype)
+        module.select({DEFAULT: 1.0})
+
+
+def find_linears(
+    model: nn.Module, saved: Sequence[str] = ()
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module], list[str]]:
+    """The linear layers of a model by name; a module in two places comes twice.
+
+    Args:
+        saved: names of modules that are trained whole, and so left alone.
+
+    Returns:
+        Those to quantize, those to adapt only where named (output embeddings, weights tied to one), and the names
+        of the latter and of all others that are left alone.
+    """
     kept_weights = {id(weight) for weight in _embedding_weights(model)}
-    linears, left_alone = {}, []
+    linears, heads, left_alone = {}, {}, []
+    experts: dict[nn.Module, dict[str, nn.Module]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
+        if is_experts(module) and not _within(name, saved):
+            layers = experts.setdefault(module, expert_linears(module))
+            linears |= {f"{name}.{layer}": linear for layer, linear in layers.items()}
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
             continue
-        if id(module.weight) in kept_weights or not (
-            type(module) is nn.Linear or is_conv1d(module)
-        ):
+        plain = type(module) is nn.Linear or is_conv1d(module)
+        if _within(name, saved) or not plain:
             left_alone.append(name)
+        elif id(module.weight) in kept_weights:
+            left_alone.append(name)
+            heads[name] = module
         else:
             linears[name] = module
-    return linears, left_alone
+    return linears, heads, left_alone
+
+
+def _within(name: str, wholes: Sequence[str]) -> bool:
+    return any(f"{name}.".startswith(f"{whole}.") for whole in wholes)
 
 
 def _embedding_weights(model: nn.Module) -> Iterator[Tensor]:
@@ -149,74 +153,32 @@ def _embedding_weights(model: nn.Module) -> Iterator[Tensor]:
             yield from (part.weight for part in head.modules() if hasattr(part, "weight"))
 
 
-def _choose(target_modules: str | Iterable[str], names: Iterable[str]) -> list[str]:
-    """The names that `target_modules` means, of which each part must mean at least one."""
-    if target_modules == ALL_LINEAR:
-        return _at_least_one(list(names), target_modules, names)
-    if isinstance(target_modules, str):
-        pattern = _compile(target_modules)
-        matching = [name for name in names if pattern.fullmatch(name)]
-        return _at_least_one(matching, target_modules, names)
-    chosen: set[str] = set()
-    for target in target_modules:
-        matching = [name for name in names if f".{name}".endswith(f".{target}")]
-        chosen.update(_at_least_one(matching, target, names))
-    return [name for name in names if name in chosen]
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"target_modules must be 'all-linear', names or a regular expression;"
-            f" got {pattern!r} ({error})"
-        ) from error
-
-
-def _at_least_one(matching: list[str], target: str, names: Iterable[str]) -> list[str]:
-    if not matching:
-        raise ValueError(
-            f"target_modules must match a linear layer; {target!r} matches none of {_some(names)}"
-        )
-    return matching
-
-
-def _some(names: Iterable[str], count: int = 8) -> str:
-    """The distinct last parts of the names, a few of them."""
-    parts = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    return (
-        ", ".join(parts[:count]) + (", ..." if len(parts) > count else "") or "(no linear layers)"
-    )
-
-
 def _replacements(
-    linears: dict[str, nn.Module], chosen: list[str], adapted: frozenset[str], config: QLoRAConfig
+    linears: Mapping[str, nn.Module], in_4bit: Set[str], adapted: Set[str], config: QLoRAConfig
 ) -> dict[str, LoRALayer]:
     """New layers by name. A module in several places is replaced by one, a tied weight quantized once."""
     by_module: dict[int, LoRALayer] = {}
     by_weight: dict[tuple[int, bool], QuantizedTensor] = {}
     replacements = {}
-    for name in chosen:
-        linear = linears[name]
+    wanted = with_siblings(in_4bit | adapted, linears)
+    for name, linear in linears.items():
+        if name not in wanted:
+            continue
         weight_key = id(linear.weight), is_conv1d(linear)
         if id(linear) not in by_module:
             try:
-                layer = _convert(linear, config, name in adapted, by_weight.get(weight_key))
+                if name not in in_4bit:
+                    layer = LoRALinear.from_linear(linear, config, name in adapted, name)
+                else:
+                    known = by_weight.get(weight_key) if config.init == "lora" else None
+                    layer = QLoRALinear.from_linear(linear, config, name in adapted, known, name)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
             by_module[id(linear)] = layer.train(linear.training)
-            by_weight[weight_key] = layer.weight
+            if isinstance(layer, QLoRALinear):
+                by_weight[weight_key] = layer.weight
         replacements[name] = by_module[id(linear)]
     return replacements
-
-
-def _convert(
-    linear: nn.Module, config: QLoRAConfig, adapter: bool, quantized: QuantizedTensor | None
-) -> LoRALayer:
-    if config.format is None:
-        return LoRALinear.from_linear(linear, config, adapter)
-    return QLoRALinear.from_linear(linear, config, adapter, quantized)
 
 
 def _avoid_fast_paths(model: nn.Module) -> None:
@@ -226,44 +188,3 @@ def _avoid_fast_paths(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-
-
-def _model_bytes(model: nn.Module) -> int:
-    """Bytes of all distinct parameters and buffers."""
-    tensors = {id(t): t for group in (model.parameters(), model.buffers()) for t in group}
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _report(
-    model: nn.Module, layers: dict[str, LoRALayer], left_alone: list[str], bytes_before: int
-) -> QuantizationReport:
-    quantized = {name: layer for name, layer in layers.items() if isinstance(layer, QLoRALinear)}
-    weights = {id(layer.packed): layer.weight for layer in quantized.values()}
-    return QuantizationReport(
-        quantized=tuple(quantized),
-        adapted=tuple(name for name, layer in layers.items() if layer.lora_a is not None),
-        left_alone=tuple(left_alone),
-        quantized_parameters=sum(weight.numel for weight in weights.values()),
-        dense_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        other_dense=_other_dense(model),
-        quantized_bytes=sum(weight.nbytes for weight in weights.values()),
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        bytes_before=bytes_before,
-        bytes_after=_model_bytes(model),
-    )
-
-
-def _other_dense(model: nn.Module) -> tuple[tuple[str, int], ...]:
-    """See `QuantizationReport.other_dense`."""
-    known = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, nn.Linear, LoRALayer)) or is_conv1d(module)
-        for parameter in module.parameters(recurse=False)
-    }
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and id(parameter) not in known:
-            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-            counts[pattern] = counts.get(pattern, 0) + parameter.numel()
-    return tuple(sorted(counts.items(), key=lambda item: -item[1]))

@@ -16,6 +16,8 @@ from qlora import files
 def read_config(folder: Path) -> Any:
     """The folder's transformers config, which remembers the folder as the model's name.
 
+    It says what the model is, not what its files are: a quantized folder's `quantization_config` is left out.
+
     Raises:
         ValueError, FileNotFoundError: transformers makes nothing of config.json, or there is none.
     """
@@ -30,6 +32,8 @@ def read_config(folder: Path) -> Any:
             raise ValueError(f"{path}: {own_code('model')}") from error
         raise ValueError(f"{path}: {first_line(error)}") from error
     config.name_or_path = str(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     return config
 
 

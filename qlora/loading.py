@@ -8,27 +8,37 @@ in its place and dropped. Peak memory is the quantized model, one tensor, and of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from qlora.convert import QuantizationReport
 from qlora.folder_config import check_causal, first_line, read_config, read_generation_config
-from qlora.modules import LoRALayer, QLoRALinear
+from qlora.lora_layer import is_conv1d
+from qlora.placing import put, settle_adapters, start_adapters
 from qlora.progress import Progress
-from qlora.quantized import QuantizedTensor, quantize_4bit
-from qlora.shards import Shards, paths
+from qlora.report import QuantizationReport
+from qlora.shards import Shards, Tensors, paths
 from qlora.tensor_names import NotStreamable, has_mixed_dtypes, match
 
-Convert = Callable[[nn.Module], QuantizationReport]
+
+class Convert(Protocol):
+    """`quantize_model` with its config."""
+
+    def __call__(
+        self, model: nn.Module, *, layers: Collection[str] | None
+    ) -> QuantizationReport: ...
 
 
 def load_and_quantize(
-    folder: Path, convert: Convert, device: torch.device, dtype: torch.dtype | None
+    folder: Path,
+    convert: Convert,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    read: Callable[[Path], Tensors] = Shards,
 ) -> tuple[nn.Module, QuantizationReport]:
     """The quantized model of a folder whose tensors are the model's own by shape, and but for renaming by name.
 
@@ -39,6 +49,7 @@ def load_and_quantize(
         convert: `quantize_model` with its config; gets a model on the meta device.
         device: where each tensor is quantized, and stays.
         dtype: what the parameters that stay dense are cast to; None leaves them as they are.
+        read: opens the folder's tensors. Where some are in 4 bits already, all others stay as they are.
 
     Returns:
         The model and the report of `convert`.
@@ -48,9 +59,10 @@ def load_and_quantize(
             way, say; the message is the reason.
         ValueError, FileNotFoundError: a file is damaged or missing, or a weight is not finite.
     """
-    model, shards, places = _open(folder)
-    dtypes = {key: _tensor(model, names[0]).dtype for key, names in places.items()}
-    report = convert(model)
+    model, shards, places = open_folder(folder, read)
+    plain = model.state_dict(keep_vars=True)
+    dtypes = {key: plain[names[0]].dtype for key, names in places.items()}
+    report = convert(model, layers=in_4_bits(model, shards, places))
     start_adapters(model, device)
     for key in Progress(list(places), "load and quantize"):
         tensor = shards.read(key)
@@ -60,16 +72,30 @@ def load_and_quantize(
             raise ValueError(f"{shards.entries[key].file}: {key}: {error}") from error
         del tensor  # it would keep its file's map when that is to be dropped
     shards.close()
+    settle_adapters(model)
     return model, report
 
 
-def _open(folder: Path) -> tuple[nn.Module, Shards, dict[str, list[str]]]:
-    """A skeleton, the folder's tensors and the names in the model that each has."""
+def in_4_bits(model: nn.Module, shards: Tensors, places: dict[str, list[str]]) -> list[str] | None:
+    """The names of the layers whose weights the files hold in 4 bits; None if they hold none."""
+    keys = [key for key in places if shards.entries[key].in_4_bits]
+    names = [name.rpartition(".")[0] for key in keys for name in places[key]]
+    for name in names:
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+            raise NotStreamable(f"{name} is in 4 bits in the files and no linear layer")
+    return names or None
+
+
+def open_folder(
+    folder: Path, read: Callable[[Path], Tensors] = Shards
+) -> tuple[nn.Module, Tensors, dict[str, list[str]]]:
+    """A skeleton, the folder's tensors and the names in the model that each has; see `load_and_quantize`."""
     config = read_config(folder)
     check_causal(folder, config)
     if not paths(folder):
         raise NotStreamable("it has neither model.safetensors nor an index of such files")
-    shards = Shards(folder)
+    shards = read(folder)
     try:
         dtype = None
         if config.dtype is None and config.get_text_config().dtype is None:
@@ -129,73 +155,3 @@ def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn
     if parameter is None or parameter.is_meta:
         return None
     return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-
-def start_adapters(model: nn.Module, device: torch.device) -> None:
-    """Give adapters on the meta device their first values, drawn on the CPU as a dense model's are."""
-    for layer in model.modules():
-        if isinstance(layer, LoRALayer) and layer.lora_a is not None:
-            layer.lora_a = nn.Parameter(torch.empty_like(layer.lora_a, device="cpu"))
-            layer.lora_b = nn.Parameter(torch.empty_like(layer.lora_b, device="cpu"))
-            layer.reset_adapter()
-            layer.lora_a.data, layer.lora_b.data = layer.lora_a.to(device), layer.lora_b.to(device)
-
-
-def put(
-    model: nn.Module,
-    names: Iterable[str],
-    tensor: Tensor,
-    own_dtype: torch.dtype,
-    device: torch.device,
-    dtype: torch.dtype | None,
-) -> None:
-    """Put a file's tensor into the model under all names that share it, quantized where the layer is.
-
-    Args:
-        own_dtype: the model's for this tensor, to which it is cast before anything else.
-        device, dtype: see `load_and_quantize`; buffers keep their own dtype.
-    """
-    value = tensor.to(device).to(own_dtype)
-    quantized: dict[bool, QuantizedTensor] = {}
-    parameter = buffer = None
-    for name in names:
-        module, attribute = _owner(model, name)
-        if isinstance(module, QLoRALinear) and attribute == "weight":
-            if module.fan_in_fan_out not in quantized:
-                quantized[module.fan_in_fan_out] = _quantize(value, module)
-            module.weight = quantized[module.fan_in_fan_out]
-        elif attribute in module._buffers:
-            buffer = _own(value, tensor) if buffer is None else buffer
-            setattr(module, attribute, buffer)
-        else:
-            if parameter is None:
-                cast = value.is_floating_point() and dtype is not None
-                kept = _own(value.to(dtype) if cast else value, tensor)
-                parameter = nn.Parameter(kept, requires_grad=False)
-            setattr(module, attribute, parameter)
-
-
-def _quantize(weight: Tensor, layer: QLoRALinear) -> QuantizedTensor:
-    """As the layer is, whose weight has no values yet."""
-    return quantize_4bit(
-        weight.mT if layer.fan_in_fan_out else weight,
-        layer.format,
-        layer.blocksize,
-        bool(layer.scale_format),
-        layer.scale_format or "dynamic8",
-    )
-
-
-def _own(value: Tensor, mapped: Tensor) -> Tensor:
-    """The value in memory of its own, not in the file's map."""
-    return value.clone() if value.data_ptr() == mapped.data_ptr() else value
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    parent, _, attribute = name.rpartition(".")
-    return model.get_submodule(parent), attribute
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    module, attribute = _owner(model, name)
-    return getattr(module, attribute)

@@ -1,116 +1,36 @@
-"""Linear layers with a LoRA adapter: `QLoRALinear` over a 4-bit base, `LoRALinear` over a dense one."""
+"""Linear layers with LoRA adapters: `QLoRALinear` over a 4-bit base, `LoRALinear` over a dense one."""
 
 from __future__ import annotations
 
 import json
-import math
-from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora import bnb_format, starts
+from qlora.adapter import DEFAULT
 from qlora.config import QLoRAConfig
 from qlora.functional import qlora_linear
-from qlora.quantized import QuantizedTensor, dequantize_4bit, quantize_4bit
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is the layer of GPT-2 that transformers calls Conv1D: a linear with weight [k, n]."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def _weight_shape(linear: nn.Module) -> torch.Size:
-    """(n, k) of a linear layer, whichever way its weight lies."""
-    return linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
-
-
-class LoRALayer(nn.Module):
-    """What both linear layers share: the adapter, and how it is switched, reset and merged.
-
-    Attributes:
-        in_features, out_features: k and n.
-        fan_in_fan_out: the layer replaced a Conv1D, whose weight is [k, n].
-        lora_a, lora_b: parameters A [r, k] and B [n, r] in `config.adapter_dtype`; None if the layer has no
-            adapter.
-        scaling, dropout: see `QLoRAConfig`.
-        adapter_enabled: set to False to hear the base alone.
-        bias: [n], frozen, or None.
-    """
-
-    bias: nn.Parameter | None
-
-    def __init__(self, linear: nn.Module, config: QLoRAConfig, adapter: bool) -> None:
-        super().__init__()
-        self.fan_in_fan_out = is_conv1d(linear)
-        self.out_features, self.in_features = _weight_shape(linear)
-        self.rank = config.rank if adapter else 0
-        self.scaling, self.dropout = config.scaling, config.dropout
-        self.adapter_enabled = True
-        bias = (
-            None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        )
-        self.register_parameter("bias", bias)
-        self.register_parameter("lora_a", None)
-        self.register_parameter("lora_b", None)
-        if adapter:
-            factory = {"device": linear.weight.device, "dtype": config.adapter_torch_dtype}
-            self.lora_a = nn.Parameter(torch.empty(self.rank, self.in_features, **factory))
-            self.lora_b = nn.Parameter(torch.empty(self.out_features, self.rank, **factory))
-            self.reset_adapter()
-
-    def reset_adapter(self) -> None:
-        """Start anew: A uniform within 1 / sqrt(k), B zero, so that the layer equals its base."""
-        if self.lora_a is not None:
-            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_b)
-
-    @abstractmethod
-    def base_weight(self) -> Tensor:
-        """The base's dense weight [n, k] in fp32."""
-
-    @property
-    @abstractmethod
-    def base_dtype(self) -> torch.dtype:
-        """The dtype of the base's weight before it was quantized, or of a later `.to(dtype)`."""
-
-    def merged_weight(self) -> Tensor:
-        """W + scaling * B A, dense [n, k], summed in fp32."""
-        weight = self.base_weight()
-        if self.lora_a is None:
-            return weight
-        return weight + self.scaling * (self.lora_b.detach().float() @ self.lora_a.detach().float())
-
-    def _adapter(self) -> tuple[Tensor | None, Tensor | None]:
-        return (self.lora_a, self.lora_b) if self.adapter_enabled else (None, None)
-
-    def _active_dropout(self) -> float:
-        return self.dropout if self.training else 0.0
-
-    def extra_repr(self) -> str:
-        bias = self.bias is not None
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias},"
-            f" rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
-        )
+from qlora.kernels.user_formats import stored_codebook
+from qlora.lora_layer import LoRALayer, is_conv1d, weight_shape
+from qlora.quantized import QuantizedTensor, dequantize_4bit
 
 
 class QLoRALinear(LoRALayer):
     """A frozen 4-bit linear layer with a trainable LoRA adapter (QLoRA, section 3, equation 5).
 
     Make one with `from_linear`. Its state dict holds the packed weight and scales as buffers, the data type
-    as a small extra state, and the adapter, and loads back strictly. `.to(dtype)` leaves the scales in fp32.
+    as a small extra state, an empty `weight`, and the adapter, and loads back strictly. `.to(dtype)` leaves the scales in fp32.
     """
 
     _SCALES = ("absmax", "nested_absmax", "nested_offset")
+    _FLOAT32 = (*LoRALayer._FLOAT32, *_SCALES)
 
-    def __init__(
-        self, linear: nn.Module, quantized: QuantizedTensor, config: QLoRAConfig, adapter: bool
-    ) -> None:
-        super().__init__(linear, config, adapter)
+    def __init__(self, linear: nn.Module, quantized: QuantizedTensor) -> None:
+        super().__init__(linear)
         self.format, self.blocksize = quantized.format, quantized.blocksize
         self.scale_format, self._base_dtype = quantized.scale_format, quantized.dtype
         for name in ("packed", *self._SCALES):
@@ -123,28 +43,30 @@ class QLoRALinear(LoRALayer):
         config: QLoRAConfig,
         adapter: bool = True,
         quantized: QuantizedTensor | None = None,
+        name: str = "",
     ) -> QLoRALinear:
         """Quantize a linear layer.
 
         Args:
             linear: an `nn.Linear`, or a transformers Conv1D. It is not changed.
             config: data type, and the adapter's rank, alpha and dropout.
-            adapter: whether the layer gets an adapter.
+            adapter: whether the layer gets an adapter, named "default".
             quantized: its weight [n, k] if it has been quantized already (tied weights).
+            name: the layer's, which `config.rank_pattern` and `alpha_pattern` look at.
         """
         if config.format is None:
             raise ValueError("config.format must name a 4-bit data type; got None (see LoRALinear)")
-        if quantized is not None and quantized.shape != _weight_shape(linear):
+        if quantized is not None and quantized.shape != weight_shape(linear):
             raise ValueError(
-                f"quantized must have shape {tuple(_weight_shape(linear))};"
+                f"quantized must have shape {tuple(weight_shape(linear))};"
                 f" got {tuple(quantized.shape)}"
             )
+        factors = None
         if quantized is None:
             weight = linear.weight.mT if is_conv1d(linear) else linear.weight
-            quantized = quantize_4bit(
-                weight, config.format, config.blocksize, config.double_quant, config.scale_format
-            )
-        return cls(linear, quantized, config, adapter)
+            size = config.rank_and_scaling(name) if adapter else (0, 1.0)
+            quantized, factors = starts.quantize_and_start(weight, config, *size)
+        return _with_adapter(cls(linear, quantized), config, adapter, name, factors)
 
     @property
     def weight(self) -> QuantizedTensor:
@@ -171,6 +93,7 @@ class QLoRALinear(LoRALayer):
         self._base_dtype = quantized.dtype
         for name in ("packed", *self._SCALES):
             setattr(self, name, getattr(quantized, name))
+        self.base_changed()
 
     def base_weight(self) -> Tensor:
         """The base's dense weight [n, k] in fp32."""
@@ -181,25 +104,22 @@ class QLoRALinear(LoRALayer):
         """The dtype of the base's weight before it was quantized, or of a later `.to(dtype)`."""
         return self._base_dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., k] to [..., n]: see `qlora_linear`."""
-        return qlora_linear(
-            x, self.weight, self.bias, *self._adapter(), self.scaling, self._active_dropout()
-        )
+    @property
+    def device(self) -> torch.device:
+        """Where the base weight is."""
+        return self.packed.device
+
+    def _linear(self, x: Tensor, bias: Tensor | None, *adapter: Any) -> Tensor:
+        return qlora_linear(x, self.weight, bias, *adapter)
 
     def extra_repr(self) -> str:
         scales = self.scale_format or "fp32"
         return f"{super().extra_repr()}, {self.format}, blocksize={self.blocksize}, scales={scales}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLoRALinear:
-        """Casts keep the scales in fp32, where 16 bits would spoil the base; `base_dtype` follows them."""
-        before = {name: getattr(self, name) for name in self._SCALES}
+        """`base_dtype` follows casts."""
         super()._apply(fn, recurse)
         self._base_dtype = fn(torch.empty(0, dtype=self._base_dtype)).dtype
-        for name, scale in before.items():
-            moved = getattr(self, name)
-            if scale is not None and moved.dtype != scale.dtype:
-                setattr(self, name, scale.to(moved.device))
         return self
 
     def get_extra_state(self) -> Tensor:
@@ -210,6 +130,8 @@ class QLoRALinear(LoRALayer):
             "scale_format": self.scale_format,
             "shape": [self.out_features, self.in_features],
         }
+        if (codebook := stored_codebook(self.format)) is not None:
+            meaning["codebook"] = codebook
         return torch.tensor(list(json.dumps(meaning).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -219,8 +141,22 @@ class QLoRALinear(LoRALayer):
         if given != expected:
             raise ValueError(f"state_dict must hold a weight with {expected}; got {given}")
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, *args: Any) -> None:
+        """With an empty `weight`, at which whoever looks for a dense one stops.
+
+        transformers would fill a weight that it does not find in a folder with random numbers.
+        """
+        super()._save_to_state_dict(destination, prefix, *args)
+        destination[f"{prefix}weight"] = torch.empty(0, dtype=torch.uint8)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Look at the extra state first: torch does so last, when the buffers have been overwritten."""
+        """Look at the extra state first: torch does so last, when the buffers have been overwritten.
+
+        A state dict of bitsandbytes' is taken as well.
+        """
+        state_dict = bnb_format.translated(state_dict, prefix, self.weight, self.get_extra_state())
+        if (weight := state_dict.get(f"{prefix}weight")) is not None and not weight.numel():
+            state_dict = {k: v for k, v in state_dict.items() if v is not weight}
         if (key := f"{prefix}_extra_state") in state_dict:
             self.set_extra_state(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -229,8 +165,8 @@ class QLoRALinear(LoRALayer):
 class LoRALinear(LoRALayer):
     """A frozen dense linear layer with a trainable LoRA adapter: the 16-bit baseline (LoRA, section 4.1)."""
 
-    def __init__(self, linear: nn.Module, config: QLoRAConfig, adapter: bool = True) -> None:
-        super().__init__(linear, config, adapter)
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__(linear)
         weight = linear.weight.detach()
         self.weight = nn.Parameter(
             weight.mT if self.fan_in_fan_out else weight, requires_grad=False
@@ -238,25 +174,63 @@ class LoRALinear(LoRALayer):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, config: QLoRAConfig, adapter: bool = True
+        cls, linear: nn.Module, config: QLoRAConfig, adapter: bool = True, name: str = ""
     ) -> LoRALinear:
-        """Wrap an `nn.Linear` or a transformers Conv1D; the weight is shared, not copied."""
-        return cls(linear, config, adapter)
+        """Wrap an `nn.Linear` or a transformers Conv1D; the weight is shared, unless `config.init` changes it."""
+        layer = cls(linear)
+        size = config.rank_and_scaling(name) if adapter else (0, 1.0)
+        weight, factors = starts.split(layer.weight.detach(), config, *size)
+        if factors is not None:
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+        return _with_adapter(layer, config, adapter, name, factors)
 
     def base_weight(self) -> Tensor:
         """The base's dense weight [n, k] in fp32."""
-        return self.weight.float()
+        return self.weight.detach().float()
 
     @property
     def base_dtype(self) -> torch.dtype:
         """The dtype of the base's weight."""
         return self.weight.dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., k] to [..., n]: x W^T + bias + scaling * dropout(x) A^T B^T."""
-        y = F.linear(x, self.weight, self.bias)
-        lora_a, lora_b = self._adapter()
+    @property
+    def device(self) -> torch.device:
+        """Where the base weight is."""
+        return self.weight.device
+
+    def _linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None = None,
+        lora_b: Tensor | None = None,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        y = F.linear(x, self.weight, bias)
         if lora_a is None:
             return y
-        h = F.linear(F.dropout(x, self._active_dropout()), lora_a.to(x.dtype))
-        return y + self.scaling * F.linear(h, lora_b.to(x.dtype))
+        h = F.linear(F.dropout(x, dropout), lora_a.to(x.dtype))
+        return y + scaling * F.linear(h, lora_b.to(x.dtype))
+
+
+_Layer = TypeVar("_Layer", QLoRALinear, LoRALinear)
+
+
+def _with_adapter(
+    layer: _Layer,
+    config: QLoRAConfig,
+    adapter: bool,
+    name: str,
+    factors: tuple[Tensor, Tensor] | None,
+) -> _Layer:
+    """With a new adapter in use, which starts at random, or from the factors that its base was made for."""
+    if adapter:
+        new = layer.new_adapter(config, name)
+        if factors is not None:
+            new.start(*factors)
+            for started in (new, layer):
+                started.init, started.init_iterations = config.init, config.init_iterations
+        layer.add(DEFAULT, new, fresh=True)
+        layer.select({DEFAULT: 1.0})
+    return layer

@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora import files, quantized_folder, shards
-from qlora.adapters import load_adapter
-from qlora.config import ALL_LINEAR, QLoRAConfig
-from qlora.convert import QuantizationReport, quantize_model
+from qlora import bnb, files, quantized_folder, shards
+from qlora.adapter_files import load_adapter
+from qlora.config import BASE_FIELDS, QLoRAConfig
+from qlora.convert import quantize_model
 from qlora.evaluation import compute_dtype
 from qlora.folder_config import check_causal, first_line, own_code, read_config
 from qlora.loading import load_and_quantize
+from qlora.report import QuantizationReport
 from qlora.tensor_names import NotStreamable
+
+LAYOUTS = {module.METHOD: module for module in (quantized_folder, bnb)}
+"""How a folder can hold a model in 4 bits, by quant_method in its config.json's quantization_config."""
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model")
 _CHAT_TEMPLATES = "chat_template*"
@@ -33,14 +36,14 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
             f"{folder}: no such folder. A model is a local folder with config.json, *.safetensors "
             "and the tokenizer's files; models are not downloaded"
         )
-    if _quantization(folder) != quantized_folder.METHOD:
+    if _quantization(folder) not in LAYOUTS:
         _check_not_quantized(folder)
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder}: no *.safetensors in the folder")
     return folder
 
 
-def _check_dense(folder: str | os.PathLike[str]) -> Path:
+def check_dense(folder: str | os.PathLike[str]) -> Path:
     """As `check_folder`, and not in 4 bits either."""
     folder = check_folder(folder)
     _check_not_quantized(folder)
@@ -62,14 +65,24 @@ def _quantization(folder: Path) -> str | None:
 
 def base_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The fields of QLoRAConfig that a folder in 4 bits settles; none for a dense one."""
-    settings = quantized_folder.read_settings(check_folder(folder))
-    return {} if settings is None else dict(settings.base)
+    layout = LAYOUTS.get(_quantization(folder := check_folder(folder)))
+    return {} if layout is None else layout.read_base(folder)
 
 
 def check_base(folder: str | os.PathLike[str], config: QLoRAConfig) -> None:
     """Refuse a config that asks for another base than a folder in 4 bits holds."""
-    if settings := quantized_folder.read_settings(check_folder(folder)):
-        quantized_folder.check_base(Path(folder), settings, config)
+    settled = base_settings(folder)
+    for name, value in settled.items():
+        if (asked := getattr(config, name)) != value:
+            base = ", ".join(f"{name}={value!r}" for name, value in settled.items())
+            raise ValueError(
+                f"{folder}: is quantized already, with {base}; {name}={asked!r} contradicts that"
+            )
+    if settled and config.init != "lora":
+        raise ValueError(
+            f"{folder}: is quantized already, and init={config.init!r} starts from the weights before that; "
+            "take the dense model"
+        )
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
@@ -77,7 +90,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
 
     folder = check_folder(folder)
     # theirs looks at config.json as well, and would be blamed for what is wrong there
-    quantized_folder.read_settings(folder)
+    base_settings(folder)
     read_config(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -93,7 +106,7 @@ def load_dense(folder: str | os.PathLike[str]) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    folder = _check_dense(folder)
+    folder = check_dense(folder)
     check_causal(folder, read_config(folder))
     if shards.paths(folder):
         shards.Shards(folder)  # names a damaged file
@@ -147,7 +160,8 @@ def load_quantized(
     never in memory, unless transformers has to convert the files' weights first, of which a warning tells.
 
     Args:
-        folder: a Hugging Face model folder with safetensors, or one in 4 bits that `quantize_folder` wrote.
+        folder: a Hugging Face model folder with safetensors, or one in 4 bits that `quantize_folder` wrote, or
+            transformers with bitsandbytes.
         config: as for `quantize_model`; for a folder in 4 bits, with the base that it holds.
         adapter: a folder whose adapter is loaded; new adapters change nothing until trained.
         device: "cpu", "cuda", "cuda:1", ...
@@ -165,6 +179,7 @@ def quantize_folder(
     out: str | os.PathLike[str],
     config: QLoRAConfig,
     device: str = "cpu",
+    layout: str = quantized_folder.METHOD,
 ) -> QuantizationReport:
     """Write a folder whose model is that of another folder in 4 bits, to be loaded in its place.
 
@@ -173,19 +188,25 @@ def quantize_folder(
         out: a new or empty folder.
         config: how to quantize; what it says of adapters does not matter.
         device: where to quantize.
+        layout: "qlora"; or "bitsandbytes" for a folder that transformers loads where bitsandbytes is installed,
+            in which experts that are held as 3-D parameters stay dense.
     """
-    folder, out = _check_dense(folder), Path(out)
+    folder, out = check_dense(folder), Path(out)
     if config.format is None:
         raise ValueError("format must name a 4-bit data type; got None")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be {' or '.join(LAYOUTS)}; got {layout!r}")
+    LAYOUTS[layout].check_config(config)
     files.check_new_folder(out)
-    config = replace(config, rank=1, target_modules=ALL_LINEAR)
+    base = {name: getattr(config, name) for name in BASE_FIELDS}
+    config = QLoRAConfig(target_modules=None, **base)
     with files.new_folder(out) as temporary:  # before the work, as it may not be possible
         copy_tokenizer(folder, temporary)
-        model, report = _quantized(folder, config, None, torch.device(device), None)
-        quantized_folder.save(model, folder, temporary)
-    adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    after = report.bytes_after - adapters
-    return replace(report, adapted=(), trainable_parameters=0, bytes_after=after)
+        model, report = _quantized(
+            folder, config, None, torch.device(device), None, LAYOUTS[layout].layers
+        )
+        LAYOUTS[layout].save(model, folder, temporary)
+    return report
 
 
 def _quantized(
@@ -194,21 +215,27 @@ def _quantized(
     adapter: str | os.PathLike[str] | None,
     device: torch.device,
     dtype: torch.dtype | None,
+    choose: Callable[[torch.nn.Module], Collection[str] | None] = lambda model: None,
 ) -> tuple[torch.nn.Module, QuantizationReport]:
-    """The model with new adapters; what stays dense is cast to `dtype` as it is read, if at all."""
+    """The model with new adapters; what stays dense is cast to `dtype` as it is read, if at all.
 
-    def convert(model: torch.nn.Module) -> QuantizationReport:
+    Args:
+        choose: which layers of a dense model to quantize, as `quantize_model` takes them.
+    """
+
+    def convert(
+        model: torch.nn.Module, *, layers: Collection[str] | None = None
+    ) -> QuantizationReport:
         try:
-            return quantize_model(model, config)
+            return quantize_model(model, config, choose(model) if layers is None else layers)
         except ValueError as error:
             if adapter is None:
                 raise
             raise ValueError(f"{adapter}: the adapter does not fit {folder}: {error}") from error
 
-    settings = quantized_folder.read_settings(folder)
-    if settings is not None:
-        quantized_folder.check_base(folder, settings, config)
-        return quantized_folder.load_folder(folder, settings, convert, device, dtype)
+    if (layout := LAYOUTS.get(_quantization(folder))) is not None:
+        check_base(folder, config)
+        return layout.load_folder(folder, convert, device, dtype)
     if config.format is not None:
         try:
             return load_and_quantize(folder, convert, device, dtype)

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from qlora import files, shards
-from qlora.adapters import base_settings
 from qlora.config import BASE_FIELDS, QLoRAConfig
-from qlora.convert import QuantizationReport, quantize_model
+from qlora.convert import quantize_model
+from qlora.fingerprint import base_settings
 from qlora.folder_config import first_line, read_config, read_generation_config
-from qlora.loading import Convert, put, skeleton, start_adapters
-from qlora.modules import LoRALayer, QLoRALinear
+from qlora.loading import Convert, skeleton
+from qlora.modules import QLoRALinear
+from qlora.placing import base_tensors, put, settle_adapters, start_adapters
 from qlora.progress import Progress
+from qlora.report import QuantizationReport
 from qlora.tensor_names import shared_names
 
 METHOD = "qlora"
@@ -59,12 +61,15 @@ class Settings:
     other_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
-def read_settings(folder: Path) -> Settings | None:
-    """What config.json says of a folder that `save` wrote; None for any other folder."""
+def read_base(folder: Path) -> dict[str, Any]:
+    """`Settings.base` of a folder that `save` wrote."""
+    return dict(read_settings(folder).base)
+
+
+def read_settings(folder: Path) -> Settings:
+    """What config.json says of a folder that `save` wrote."""
     path = folder / "config.json"
-    given = files.read_json(path).get("quantization_config")
-    if not isinstance(given, dict) or given.get("quant_method") != METHOD:
-        return None
+    given = files.read_json(path)["quantization_config"]
     if unknown := given.keys() - _KINDS.keys() - {"quant_method"}:
         raise ValueError(f"{path}: quantization_config has an unknown field {min(unknown)!r}")
     base = {name: given[name] for name in BASE_FIELDS if name in given}
@@ -91,19 +96,8 @@ def _dtype(name: Any) -> torch.dtype:
     return _DENSE_DTYPES[name]
 
 
-def check_base(folder: Path, settings: Settings, config: QLoRAConfig) -> None:
-    """Refuse a config that asks for another base than the folder holds."""
-    for name, value in settings.base.items():
-        if (asked := getattr(config, name)) != value:
-            base = ", ".join(f"{name}={value!r}" for name, value in settings.base.items())
-            raise ValueError(
-                f"{folder}: is quantized already, with {base}; {name}={asked!r} contradicts that"
-            )
-
-
 def load_folder(
     folder: Path,
-    settings: Settings,
     convert: Convert,
     device: torch.device,
     dtype: torch.dtype | None,
@@ -111,18 +105,18 @@ def load_folder(
     """The quantized model that `save` wrote, with new adapters; no dense weight is made.
 
     Args:
-        folder, settings: the folder, and what `read_settings` says of it.
+        folder: a folder that `save` wrote.
         convert, device, dtype: as for `loading.load_and_quantize`.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or its tensors are not the model's
             by name, shape and dtype; the message names the file and the tensor.
     """
-    model = _skeleton(folder, settings)
-    report = convert(model)
-    expected = _base_tensors(model)
+    model = _skeleton(folder, read_settings(folder))
+    plain = model.state_dict(keep_vars=True)
+    report = convert(model, layers=None)
     found = shards.Shards(folder, STEM)
-    places = _places(folder, found, expected)
+    places = _places(folder, found, plain, base_tensors(model))
     start_adapters(model, device)
     for key in Progress(list(places), "load"):
         tensor = found.read(key)
@@ -132,12 +126,12 @@ def load_folder(
             put(model, places[key], tensor, tensor.dtype, device, dtype)
         del tensor  # it would keep its file's map when that is to be dropped
     found.close()
+    settle_adapters(model)
     return model, report
 
 
 def _skeleton(folder: Path, settings: Settings) -> nn.Module:
     config, path = read_config(folder), folder / "config.json"
-    del config.quantization_config  # the merged model, say, has none
     try:
         model = skeleton(config, settings.dtype)
     except Exception as error:  # what is raised differs from one wrong value to the next
@@ -152,10 +146,17 @@ def _skeleton(folder: Path, settings: Settings) -> nn.Module:
 
 
 def _places(
-    folder: Path, found: shards.Shards, expected: Mapping[str, Tensor]
+    folder: Path,
+    found: shards.Shards,
+    plain: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
 ) -> dict[str, list[str]]:
-    """The names in the model by the key in the files, which must be all, and only, the model's."""
-    groups = shared_names(expected)
+    """The names in the model by the key in the files, which must be all, and only, the model's.
+
+    Args:
+        plain, expected: the model's tensors before it was converted, by which some are tied, and after.
+    """
+    groups = shared_names({name: plain.get(name, tensor) for name, tensor in expected.items()})
     group_of = {name: names for names in groups for name in names}
     places: dict[str, list[str]] = {}
     key_of: dict[str, str] = {}
@@ -188,6 +189,14 @@ def _check_meaning(model: nn.Module, key: str, state: Tensor, file: Path) -> Non
         raise ValueError(f"{file}: {key}: {error}") from error
 
 
+def check_config(config: QLoRAConfig) -> None:
+    """Any base can be written."""
+
+
+def layers(model: nn.Module) -> None:
+    """All that `quantize_model` quantizes by itself."""
+
+
 def save(model: nn.Module, source: Path, folder: Path) -> None:
     """Write a quantized model, without its adapters, as a whole or not at all.
 
@@ -197,15 +206,26 @@ def save(model: nn.Module, source: Path, folder: Path) -> None:
         folder: a new or empty folder, to be filled within `files.new_folder`.
     """
     described = {"quant_method": METHOD} | _describe(model, source)
-    tensors = _base_tensors(model)
+    tensors = base_tensors(model)
     unique = {names[0]: tensors[names[0]].detach() for names in shared_names(tensors)}
-    shards.write(folder, STEM, unique)
+    write(folder, STEM, unique, source, described)
+    _check_written(folder, source)
+
+
+def write(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    described: Mapping[str, Any],
+) -> None:
+    """Write tensors and the source's settings, with `described` as config.json's quantization_config."""
+    shards.write(folder, stem, tensors)
     config = files.read_json(source / "config.json")
     files.write_json(folder / "config.json", config | {"quantization_config": described})
     generation = source / "generation_config.json"
     if generation.is_file():
         shutil.copy(generation, folder)
-    _check_written(folder, source)
 
 
 def _check_written(folder: Path, source: Path) -> None:
@@ -213,8 +233,9 @@ def _check_written(folder: Path, source: Path) -> None:
     try:
         settings = read_settings(folder)
         model = _skeleton(folder, settings)
-        quantize_model(model, QLoRAConfig(rank=1, **settings.base))
-        _places(folder, shards.Shards(folder, STEM), _base_tensors(model))
+        plain = model.state_dict(keep_vars=True)
+        quantize_model(model, QLoRAConfig(target_modules=None, **settings.base))
+        _places(folder, shards.Shards(folder, STEM), plain, base_tensors(model))
     except (ValueError, OSError) as error:
         reason = str(error).replace(str(folder), "what was written")  # and will be gone
         raise ValueError(f"{source}: its model cannot be read back in 4 bits: {reason}") from error
@@ -227,7 +248,7 @@ def _describe(model: nn.Module, source: Path) -> dict[str, Any]:
     bases = [base_settings(layer) for layer in layers.values()]
     if not bases or any(base != bases[0] for base in bases):
         raise ValueError("model must hold quantized layers, all with the same format and scales")
-    dtypes = {name: tensor.dtype for name, tensor in _base_tensors(model).items()}
+    dtypes = {name: tensor.dtype for name, tensor in base_tensors(model).items()}
     dtypes |= {f"{name}.weight": layer.base_dtype for name, layer in layers.items()}
     usual = skeleton(read_config(source), model.config.dtype).state_dict(keep_vars=True)
     others = {
@@ -241,15 +262,3 @@ def _describe(model: nn.Module, source: Path) -> dict[str, Any]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without adapters, with the parameters and buffers themselves."""
-    adapters = {
-        f"{name}.{factor}"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LoRALayer)
-        for factor in ("lora_a", "lora_b")
-    }
-    tensors = model.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in tensors.items() if name not in adapters}

@@ -14,6 +14,7 @@ _AT_LEAST = {
     **dict.fromkeys(("warmup_steps", "seed", "evaluate_every", "checkpoint_every"), 0),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay", "epsilon"), 0),
     "keep_checkpoints": 1,
+    "loraplus_ratio": 1,
     "max_length": 2,
     "beta1": 0,
     "beta2": 0,
@@ -26,6 +27,8 @@ class TrainConfig:
 
     Attributes:
         learning_rate: peak learning rate.
+        loraplus_ratio: how many times higher the learning rate of the adapters' factor B is (LoRA+, Hayou et al.
+            2024, who recommend 16).
         schedule: course of the learning rate after the warm-up: "constant", or falling to 0 as
             "linear" or "cosine".
         warmup_steps: optimizer steps over which the learning rate rises from 0.
@@ -59,6 +62,7 @@ class TrainConfig:
     """
 
     learning_rate: float = 2e-4
+    loraplus_ratio: float = 1.0
     schedule: str = "constant"
     warmup_steps: int = 0
     steps: int = 1875

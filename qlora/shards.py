@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,11 +31,30 @@ _BY_NAME = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies and what it is; `dtype` is None for one that is none of torch's usual."""
+    """Where a tensor lies and what it is.
+
+    Attributes:
+        dtype: None for one that is none of torch's usual.
+        in_4_bits: it is read as a QuantizedTensor, the weight of a linear layer: its shape is [n, k] whichever
+            way the model's own lies, its dtype what it was in before.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype | None
+    in_4_bits: bool = False
+
+
+class Tensors(Protocol):
+    """A folder's tensors: `Shards`, or what makes others of them."""
+
+    entries: dict[str, Entry]
+
+    def read(self, key: str) -> Any:
+        """A tensor; a QuantizedTensor where the entry says so."""
+
+    def close(self) -> None:
+        """Drop what is kept open."""
 
 
 class Shards:

@@ -7,13 +7,13 @@ file asks it what it would do; the private names of transformers are here and no
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from qlora.folder_config import first_line
-from qlora.shards import Entry, Shards
+from qlora.shards import Entry, Tensors
 
 # Keys that older versions of transformers wrote, for tables that the model makes by itself now:
 # the buffer's name, and what is ignored where the model has such a buffer.
@@ -27,7 +27,7 @@ class NotStreamable(Exception):
     """Why a folder cannot be read one tensor at a time, and transformers has to read it as a whole."""
 
 
-def match(shards: Shards, model: nn.Module) -> dict[str, list[str]]:
+def match(shards: Tensors, model: nn.Module) -> dict[str, list[str]]:
     """The names in the model by the key in the files, each of the model's tensors once.
 
     Raises:
@@ -67,16 +67,18 @@ def _check(key: str, name: str | None, entry: Entry, own: object) -> None:
         raise NotStreamable(f"transformers merges or splits weights as it reads them ({key})")
     if not isinstance(own, Tensor):
         raise NotStreamable(f"{key} is not in config.json's model")
-    if entry.shape != own.shape:
+    turned = entry.in_4_bits and entry.shape == own.shape[::-1]
+    if entry.shape != own.shape and not turned:
         shapes = f"{entry.shape} in the files and {tuple(own.shape)} by config.json"
         raise NotStreamable(f"{key} is {shapes}")
     if not _castable(entry.dtype, own.dtype):
         raise NotStreamable(f"{key} has another dtype than {own.dtype}")
 
 
-def _check_tied(shards: Shards, first: str, second: str) -> None:
+def _check_tied(shards: Tensors, first: str, second: str) -> None:
     """Two tensors for one of the model's: transformers drops one if they are equal, and unties them if not."""
-    if not torch.equal(shards.read(first), shards.read(second)):
+    in_4_bits = any(shards.entries[key].in_4_bits for key in (first, second))
+    if in_4_bits or not torch.equal(shards.read(first), shards.read(second)):
         raise NotStreamable(f"{first} and {second} are tied by config.json and differ in the files")
 
 
@@ -98,6 +100,14 @@ def _renamed(
             name, converter = rename_source_key(key, [], [], prefix, tensors)
         names[key] = name if converter is None else None
     return {key: names[key] for key in keys}
+
+
+def stays_dense(model: nn.Module, name: str, skipped: Sequence[str]) -> bool:
+    """Whether transformers with bitsandbytes leaves a linear layer as it is, if config.json lists those skipped."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    always = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return not should_convert_module(name, [*skipped, *always])
 
 
 def has_mixed_dtypes(model: nn.Module) -> bool:

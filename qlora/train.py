@@ -25,13 +25,9 @@ from typing import Any
 import torch
 
 from qlora import files
-from qlora.adapters import (
-    adapter_parameters,
-    adapter_settings,
-    base_fingerprint,
-    plain_name,
-    save_adapter,
-)
+from qlora.adapter_files import save_adapter
+from qlora.adapter_settings import adapted_layers, adapter_settings
+from qlora.adapters import adapter_parameters, plain_name, sole_adapter
 from qlora.batching import Batch, StepBatches
 from qlora.checkpoint import (
     latest_checkpoint,
@@ -50,6 +46,8 @@ from qlora.evaluation import (
     module_modes,
     summed_loss,
 )
+from qlora.fingerprint import base_fingerprint
+from qlora.loraplus import loraplus_groups
 from qlora.paged import PagedAdamW
 from qlora.progress import Progress
 from qlora.recipe import TrainConfig, learning_rate
@@ -160,7 +158,7 @@ def train_step(
     _check_finite(loss_value, grad_norm, step)
     rate = learning_rate(config, step)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_ratio", 1.0)
     optimizer.step()
     optimizer.zero_grad()
     return {
@@ -174,8 +172,13 @@ def train_step(
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; its learning rate is set before each step."""
-    parameters = _trainable(model)
+    """AdamW over the trainable parameters; its learning rate is set before each step.
+
+    With a `loraplus_ratio` above 1 the factors B are a group of their own, see `loraplus_groups`.
+    """
+    parameters: list[Any] = _trainable(model)
+    if config.loraplus_ratio != 1:
+        parameters = loraplus_groups(model, config.learning_rate, config.loraplus_ratio)
     settings = {
         "lr": config.learning_rate,
         "betas": (config.beta1, config.beta2),
@@ -269,8 +272,9 @@ def _settings(
         digest.update(len(example).to_bytes(8, "little"))
         digest.update(example.input_ids.numpy().tobytes() + example.labels.numpy().tobytes())
     data = {"examples": len(dataset), "sha256": digest.hexdigest()}
-    base = {"fingerprint": base_fingerprint(model)}
-    return {"recipe": recipe, "adapter": adapter_settings(model), "base": base, "data": data}
+    name = sole_adapter(model)
+    base = {"fingerprint": base_fingerprint(adapted_layers(model, name))}
+    return {"recipe": recipe, "adapter": adapter_settings(model, name), "base": base, "data": data}
 
 
 def _check_dataset(dataset: Sequence[Example], config: TrainConfig) -> None:

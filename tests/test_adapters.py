@@ -1,10 +1,8 @@
-"""Adapters as files, shared with PEFT, and merged into the base."""
+"""Several adapters on one base: switched, one for each row, weighted, combined, dropped; the base stays."""
 
 from __future__ import annotations
 
-import json
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,330 +10,351 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qlora
-from qlora.adapters import (
-    BASE_CONFIG,
-    CONFIG,
-    WEIGHTS,
-    adapter_parameters,
-    base_fingerprint,
-    enable_adapters,
-    load_adapter,
-    merge,
-    read_config,
-    save_adapter,
-)
+from qlora.adapter import check_name
+from qlora.adapters import active_adapters, adapter_parameters, hosts, sole_adapter
+from qlora.config import QLoRAConfig
 from qlora.recipe import TrainConfig
-from qlora.train import make_optimizer
+from qlora.train import train
 from tests import tiny
 
-IDS = tiny.tokens()
+IDS = tiny.tokens(rows=4)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "a": {"rank": 4, "alpha": 8},
+    "b": {"rank": 2, "alpha": 1, "target_modules": ["q_proj", "down_proj", "c_attn"]},
+    "c": {"rank": 6, "alpha": 3, "rslora": True},
+}
 
 
-def values(model: nn.Module) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in adapter_parameters(model).values()]
+def many(
+    make: Callable[[], nn.Module] = tiny.llama, format: str | None = "nf4", **more: Any
+) -> nn.Module:
+    """A model with the adapters "a", "b" and "c", which all do something; "a" is in use."""
+    model = make()
+    qlora.quantize_model(model, QLoRAConfig(format=format, target_modules=None))
+    for i, (name, settings) in enumerate(SETTINGS.items()):
+        targets = [t for t in settings.get("target_modules", ()) if _has(model, t)]
+        chosen = {"target_modules": targets} if targets else {}
+        qlora.add_adapter(model, QLoRAConfig(**settings | chosen | more), name)
+        generator = torch.Generator().manual_seed(i)
+        for parameter in adapter_parameters(model, name).values():
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
-def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+def _has(model: nn.Module, target: str) -> bool:
+    return any(name.endswith(f".{target}") for name, _ in model.named_modules())
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
+def base_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in model.state_dict().items() if ".adapters." not in key}
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    save_adapter(tiny.adapted(), tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def peft_adapter(model: nn.Module, folder: Path, **settings: Any) -> nn.Module:
-    """A model with an adapter that PEFT made, saved to `folder`."""
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings)
-    wrapped = tiny.randomize_adapter(peft.get_peft_model(model, config)).eval()
-    wrapped.save_pretrained(folder)
-    return wrapped
-
-
-# Round trips
-
-
-@pytest.mark.parametrize("format", ["nf4", None])
-def test_what_is_saved_is_loaded(tmp_path: Path, format: str | None) -> None:
-    model = tiny.adapted(format=format)
-    save_adapter(model, tmp_path)
-    other = tiny.quantized(tiny.llama(), format=format, alpha=1)
-    load_adapter(other, tmp_path)
-    assert equal(values(other), values(model))
-    assert torch.equal(tiny.logits(other, IDS), tiny.logits(model, IDS)), "scaling comes along"
-
-
-def test_the_files_are_those_of_peft(saved: Path) -> None:
-    tensors = load_file(saved / WEIGHTS)
-    prefix = "base_model.model.model.layers.1.mlp.down_proj."
-    assert tensors[prefix + "lora_A.weight"].shape == (4, 96)
-    assert tensors[prefix + "lora_B.weight"].shape == (64, 4)
-    assert len(tensors) == 2 * 14
-    config = json.loads((saved / CONFIG).read_text())
-    assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 8, "CAUSAL_LM")
-    projections = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    assert config["target_modules"] == projections
+# --- Switching --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
-@pytest.mark.parametrize("targets", ["all-linear", r".*\.1\..*proj"])
-def test_peft_loads_our_adapter(
-    tmp_path: Path, make: Callable[[], nn.Module], targets: str
-) -> None:
-    """On the same base: the one that our model holds, dequantized."""
-    model = tiny.adapted(make, target_modules=targets)
-    save_adapter(model, tmp_path)
-    base = merge(tiny.quantized(make()))
-    before = tiny.logits(base, IDS)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    torch.testing.assert_close(tiny.logits(theirs, IDS), tiny.logits(model, IDS))
-    assert not torch.allclose(before, tiny.logits(model, IDS))
-
-
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"use_rslora": True},
-        {
-            "target_modules": ["c_proj", "down_proj"],
-            "layers_to_transform": [0],
-            "lora_dropout": 0.1,
-        },
-        {"init_lora_weights": "gaussian"},
-    ],
-)
-def test_we_load_an_adapter_of_peft(
-    tmp_path: Path, make: Callable[[], nn.Module], settings: dict[str, Any]
-) -> None:
-    theirs = peft_adapter(make(), tmp_path, **settings)
-    config = read_config(tmp_path)
-    scaling = 8 / math.sqrt(4) if settings.get("use_rslora") else 8 / 4
-    assert (config.rank, config.scaling, config.format) == (4, scaling, "nf4")
-    assert config.dropout == settings.get("lora_dropout", 0)
-    ours = tiny.quantized(make(), target_modules=config.target_modules, format=None)
-    load_adapter(ours, tmp_path)
-    torch.testing.assert_close(tiny.logits(ours, IDS), tiny.logits(theirs, IDS))
-
-
-def test_the_base_that_an_adapter_was_trained_on_is_known(tmp_path: Path) -> None:
-    settings = {"format": "int4", "blocksize": 32, "double_quant": False, "dropout": 0.05}
-    for i, extra in enumerate(({}, {"double_quant": True, "scale_format": "e4m3"})):
-        model = tiny.adapted(**settings | extra, target_modules=["q_proj", "mlp.up_proj"])
-        save_adapter(model, tmp_path / str(i))
-        again = tiny.llama()
-        qlora.quantize_model(again, read_config(tmp_path / str(i)))
-        load_adapter(again, tmp_path / str(i))
-        assert torch.equal(tiny.logits(again, IDS), tiny.logits(model, IDS))
-    save_adapter(tiny.adapted(format=None), tmp_path / "dense")
-    assert read_config(tmp_path / "dense").format is None
-
-
 @pytest.mark.parametrize("format", ["nf4", None])
-def test_an_adapter_knows_the_base_it_was_trained_on(tmp_path: Path, format: str | None) -> None:
-    save_adapter(tiny.adapted(format=format), tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_adapter(tiny.quantized(tiny.llama(), format=format), tmp_path)
-    for other in (tiny.quantized(tiny.llama(seed=1), format=format), tiny.adapted(format="fp4")):
-        with pytest.warns(UserWarning, match="the adapter was trained on another base"):
-            load_adapter(other, tmp_path)
-    base = json.loads((tmp_path / BASE_CONFIG).read_text())
-    del base["fingerprint"]
-    (tmp_path / BASE_CONFIG).write_text(json.dumps(base))
-    assert read_config(tmp_path).format == format
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_adapter(tiny.quantized(tiny.llama(seed=1), format=format), tmp_path)
-
-
-def test_a_base_keeps_its_fingerprint_when_it_is_cast_to_compute() -> None:
-    for format in ("nf4", None):
-        model = tiny.adapted(format=format)
-        before = base_fingerprint(model)
-        assert base_fingerprint(model.to(torch.bfloat16)) == before
-
-
-def test_a_compiled_model_has_the_names_of_the_plain_one(tmp_path: Path, saved: Path) -> None:
-    model = tiny.adapted()
-    compiled = torch.compile(model, backend="eager")
-    save_adapter(compiled, tmp_path)
-    for name in (WEIGHTS, CONFIG, BASE_CONFIG):
-        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
-    load_adapter(compiled, saved)
-    assert adapter_parameters(compiled).keys() == adapter_parameters(model).keys()
-    assert len(make_optimizer(compiled, TrainConfig()).param_groups[0]["params"]) == 28
-
-
-def test_adapters_take_turns_on_one_base(tmp_path: Path) -> None:
-    model = tiny.quantized(tiny.llama())
-    base = tiny.logits(model, IDS)
-    outputs = []
-    for seed in (2, 3):
-        save_adapter(tiny.randomize_adapter(model, seed), tmp_path / str(seed))
-        outputs.append(tiny.logits(model, IDS))
-    for seed, expected in ((2, outputs[0]), (3, outputs[1]), (2, outputs[0])):
-        load_adapter(model, tmp_path / str(seed))
+def test_nothing_forgotten(make: Callable[[], nn.Module], format: str | None) -> None:
+    """Whatever was done with adapters, the base is the same to the last bit, and so are its answers."""
+    plain = make()
+    qlora.quantize_model(plain, QLoRAConfig(format=format, target_modules=None))
+    expected = tiny.logits(plain, IDS)
+    if format:
+        model = many(make, format)
+    else:  # a dense base: adapters come over plain layers
+        model = make()
+        qlora.quantize_model(model, QLoRAConfig(format=None, **SETTINGS["a"]))
+        tiny.randomize_adapter(model)
+        qlora.add_adapter(model, QLoRAConfig(**SETTINGS["c"]), "c")
+    names = qlora.adapter_names(model)
+    before = base_state(model)
+    model(IDS, labels=IDS).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    qlora.combine_adapters(model, dict.fromkeys(names, 0.5), "mix")
+    qlora.set_adapter(model, "mix")
+    assert not torch.allclose(tiny.logits(model, IDS), expected, atol=1e-3)
+    with qlora.disable_adapters(model):
         assert torch.equal(tiny.logits(model, IDS), expected)
-        enable_adapters(model, False)
-        assert torch.equal(tiny.logits(model, IDS), base)
-        enable_adapters(model)
-    assert not torch.equal(outputs[0], outputs[1])
+    with qlora.use_adapter(model, None):
+        assert torch.equal(tiny.logits(model, IDS), expected)
+    qlora.enable_adapters(model, False)
+    assert torch.equal(tiny.logits(model, IDS), expected)
+    qlora.set_adapter(model, None)
+    assert torch.equal(tiny.logits(model, IDS), expected)
+    for name in (*names, "mix"):
+        qlora.delete_adapter(model, name)
+    assert torch.equal(tiny.logits(model, IDS), expected)
+    after = base_state(model)
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
-def test_loading_does_not_disturb_the_optimizer(saved: Path) -> None:
-    model = tiny.quantized(tiny.llama())
-    before = [id(parameter) for parameter in adapter_parameters(model).values()]
-    load_adapter(model, saved)
-    after = list(adapter_parameters(model).values())
-    assert [id(parameter) for parameter in after] == before
-    assert all(parameter.requires_grad and parameter.is_leaf for parameter in after)
+def test_the_first_adapter_is_in_use_and_set_adapter_changes_it() -> None:
+    model = many()
+    assert qlora.adapter_names(model) == ("a", "b", "c")
+    assert active_adapters(model) == ("a",)
+    outputs = {}
+    for name in "abca":
+        qlora.set_adapter(model, name)
+        assert active_adapters(model) == (name,)
+        y = tiny.logits(model, IDS)
+        assert torch.equal(outputs.setdefault(name, y), y)
+        trainable = {key for key, p in model.named_parameters() if p.requires_grad}
+        assert trainable == adapter_parameters(model, name).keys()
+    assert len({y.sum().item() for y in outputs.values()}) == 3
 
 
-# Refusals
+def test_use_adapter_holds_for_its_block() -> None:
+    model = many()
+    first = tiny.logits(model, IDS)
+    trainable = {key for key, p in model.named_parameters() if p.requires_grad}
+    with qlora.use_adapter(model, "c"):
+        inside = tiny.logits(model, IDS)
+        with qlora.use_adapter(model, {"a": 1.0}):
+            assert torch.equal(tiny.logits(model, IDS), first)
+        assert torch.equal(tiny.logits(model, IDS), inside)
+        assert trainable == {key for key, p in model.named_parameters() if p.requires_grad}
+    assert not torch.equal(inside, first)
+    assert torch.equal(tiny.logits(model, IDS), first)
+    with pytest.raises(KeyError), qlora.use_adapter(model, "c"):
+        raise KeyError
+    assert torch.equal(tiny.logits(model, IDS), first)
+    qlora.enable_adapters(model, False)
+    with qlora.use_adapter(model, "c"):
+        assert torch.equal(tiny.logits(model, IDS), inside)
+    assert not torch.equal(tiny.logits(model, IDS), first)
+
+
+# --- For each row -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("saved", [[], ["lm_head"]])
+def test_an_adapter_for_each_row(dora: bool, saved: list[str]) -> None:
+    model = many(dora=dora, modules_to_save=saved)
+    rows = ["c", None, "a", "b"]
+    with qlora.use_adapter(model, rows):
+        y = tiny.logits(model, IDS)
+    for i, name in enumerate(rows):
+        with qlora.use_adapter(model, name):
+            expected = tiny.logits(model, IDS[i : i + 1])
+        torch.testing.assert_close(y[i : i + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_each_row_generates_with_its_own() -> None:
+    model = many()
+    rows, settings = ["b", "c", None, "a"], {"do_sample": False, "pad_token_id": 1}
+    with qlora.use_adapter(model, rows):
+        together = model.generate(IDS, max_new_tokens=5, **settings)
+    for i, name in enumerate(rows):
+        with qlora.use_adapter(model, name):
+            alone = model.generate(IDS[i : i + 1], max_new_tokens=5, **settings)
+        assert torch.equal(together[i : i + 1, : alone.shape[1]], alone)
+
+
+def test_rows_are_trained_together() -> None:
+    model = many()
+    qlora.set_adapter(model, {"a": 1.0, "c": 1.0})  # which makes both trainable
+    with qlora.use_adapter(model, ["a", "c", "a", None]):
+        model(IDS, labels=IDS).loss.backward()
+    for name in "abc":
+        found = adapter_parameters(model, name).values()
+        assert {p.grad is not None for p in found} == {name != "b"}
+
+
+def test_rows_that_do_not_fit_are_refused() -> None:
+    model = many()
+    with pytest.raises(ValueError, match=r"no adapter 'd' in the model; it has a, b, c"):
+        qlora.use_adapter(model, ["a", "d"]).__enter__()
+    with (
+        qlora.use_adapter(model, ["a", "b"]),
+        pytest.raises(ValueError, match="an adapter for each of 2 rows needs an input of shape"),
+    ):
+        model(IDS)
+
+
+# --- Weighted and combined --------------------------------------------------------------------------
+
+
+def test_a_weighted_sum_is_the_combined_adapter(tmp_path: Path) -> None:
+    model = many()
+    weights = {"a": 0.75, "b": -1.5, "c": 0.25}
+    qlora.combine_adapters(model, weights, "mix")
+    with qlora.use_adapter(model, weights):
+        expected = tiny.logits(model, IDS)
+    with qlora.use_adapter(model, "mix"):
+        torch.testing.assert_close(tiny.logits(model, IDS), expected, rtol=1e-4, atol=1e-4)
+    layers = hosts(model)
+    assert layers["model.layers.0.self_attn.q_proj"].adapters["mix"].rank == 4 + 2 + 6
+    assert layers["model.layers.0.self_attn.k_proj"].adapters["mix"].rank == 4 + 6
+    qlora.save_adapter(model, tmp_path, "mix")
+    other = tiny.quantized(tiny.llama(), target_modules=None)
+    qlora.load_adapter(other, tmp_path, "mix")
+    with qlora.use_adapter(model, "mix"):
+        assert torch.equal(tiny.logits(other, IDS), tiny.logits(model, IDS))
+
+
+def test_combined_as_peft_does(tmp_path: Path) -> None:
+    model = many()
+    for name in "ac":
+        qlora.save_adapter(model, tmp_path / name, name)
+    base = qlora.merge(tiny.quantized(tiny.llama(), target_modules=None))
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "a", adapter_name="a")
+    theirs.load_adapter(tmp_path / "c", adapter_name="c")
+    theirs.add_weighted_adapter(["a", "c"], [0.5, 0.25], "mix", combination_type="cat")
+    theirs.set_adapter("mix")
+    with qlora.use_adapter(model, {"a": 0.5, "c": 0.25}):
+        expected = tiny.logits(model, IDS)
+    torch.testing.assert_close(tiny.logits(theirs.eval(), IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scaled() -> None:
+    """A weight of 0 is the base, of 1 the adapter, and in between is in between."""
+    model = many()
+    with qlora.use_adapter(model, {"a": 1.0}):
+        full = tiny.logits(model, IDS)
+    assert torch.equal(full, tiny.logits(model, IDS))
+    with qlora.use_adapter(model, {"a": 0.0}):
+        torch.testing.assert_close(tiny.logits(model, IDS), _base(model))
+    layer = hosts(model)["model.layers.1.mlp.up_proj"]
+    with qlora.use_adapter(model, {"a": 0.25}):
+        change = layer.merged_weight() - layer.base_weight()
+    torch.testing.assert_close(4 * change, layer.merged_weight() - layer.base_weight())
+
+
+def _base(model: nn.Module) -> torch.Tensor:
+    with qlora.disable_adapters(model):
+        return tiny.logits(model, IDS)
+
+
+# --- Loaded, trained, dropped -----------------------------------------------------------------------
+
+
+def test_loaded_under_names(tmp_path: Path) -> None:
+    model = many()
+    expected = {}
+    for name in "abc":
+        qlora.save_adapter(model, tmp_path / name, name)
+        with qlora.use_adapter(model, name):
+            expected[name] = tiny.logits(model, IDS)
+    other = tiny.quantized(tiny.llama(), target_modules=None)
+    for name in "cba":
+        qlora.load_adapter(other, tmp_path / name, f"my-{name}")
+    assert qlora.adapter_names(other) == ("my-c", "my-b", "my-a")
+    assert active_adapters(other) == ("my-c",)
+    for name in "abc":
+        qlora.set_adapter(other, f"my-{name}")
+        assert torch.equal(tiny.logits(other, IDS), expected[name])
+    qlora.delete_adapter(other, "my-c")
+    assert qlora.adapter_names(other) == ("my-b", "my-a")
+    assert active_adapters(other) == ()
+
+
+def test_trained_one_after_the_other(tmp_path: Path) -> None:
+    """Training one leaves the others and the base alone."""
+    model = many()
+    config = TrainConfig(steps=2, micro_batch_size=2, gradient_accumulation_steps=1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    qlora.set_adapter(model, "c")
+    train(model, tiny.examples(4), config, tmp_path / "c", progress=False)
+    after = model.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == adapter_parameters(model, "c").keys()
+    other = tiny.quantized(tiny.llama(), target_modules=None)
+    qlora.load_adapter(other, tmp_path / "c", "c")
+    assert torch.equal(tiny.logits(other, IDS), tiny.logits(model, IDS))
+    qlora.set_adapter(model, {"a": 1.0, "c": 1.0})
+    with pytest.raises(ValueError, match="must have one adapter in use"):
+        train(model, tiny.examples(4), config, tmp_path / "both", progress=False)
+
+
+def test_an_adapter_is_small(tmp_path: Path) -> None:
+    from qlora.adapter_files import adapter_bytes
+
+    model = many()
+    qlora.save_adapter(model, tmp_path, "b")
+    own, base = adapter_bytes(model, "b")
+    assert own == sum(p.nbytes for p in adapter_parameters(model, "b").values())
+    on_disk = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert own < on_disk < own + 4096
+    assert base == sum(
+        tensor.nbytes
+        for tensor in (*model.parameters(), *model.buffers())
+        if not any(tensor is p for n in "abc" for p in adapter_parameters(model, n).values())
+    )
+
+
+# --- Refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "ü", "a b", "keys", "pop", "forward", 1, None])
+def test_names_that_cannot_be_parts_of_parameter_names(name: Any) -> None:
+    with pytest.raises(ValueError, match="name of an adapter must"):
+        check_name(name)
+    with pytest.raises(ValueError, match="name of an adapter must"):
+        qlora.add_adapter(many(), QLoRAConfig(), name)
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    model = many()
+    known = r"no adapter 'z' in the model; it has a, b, c"
+    for mistake in (
+        lambda: qlora.set_adapter(model, "z"),
+        lambda: qlora.set_adapter(model, {"a": 1.0, "z": 1.0}),
+        lambda: qlora.delete_adapter(model, "z"),
+        lambda: qlora.save_adapter(model, tmp_path, "z"),
+        lambda: qlora.combine_adapters(model, {"z": 1.0}, "mix"),
+    ):
+        with pytest.raises(ValueError, match=known):
+            mistake()
+    there = r"there is an adapter 'b' already: delete_adapter\(model, 'b'\)"
+    with pytest.raises(ValueError, match=there):
+        qlora.add_adapter(model, QLoRAConfig(), "b")
+    with pytest.raises(ValueError, match=there):
+        qlora.combine_adapters(model, {"a": 1.0}, "b")
+    with pytest.raises(ValueError, match="the weight of adapter 'a' must be finite; got nan"):
+        qlora.set_adapter(model, {"a": math.nan})
+    with pytest.raises(ValueError, match="weights must name at least one adapter"):
+        qlora.combine_adapters(model, {}, "mix")
+    with pytest.raises(ValueError, match=r"init must be 'lora' on a base .* got 'pissa'"):
+        qlora.add_adapter(model, QLoRAConfig(init="pissa"), "d")
+    with pytest.raises(ValueError, match="target_modules must match a linear layer; 'q_prj'"):
+        qlora.add_adapter(model, QLoRAConfig(target_modules=["q_prj"]), "d")
+    assert qlora.adapter_names(model) == ("a", "b", "c")
+    qlora.set_adapter(model, {"a": 1.0, "b": 1.0})
+    with pytest.raises(ValueError, match=r"must have one adapter in use: .* in use are a, b, the"):
+        sole_adapter(model)
+    with pytest.raises(ValueError, match="call quantize_model"):
+        qlora.set_adapter(tiny.llama(), "a")
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("more", "weights", "message"),
     [
-        ("peft_type", "LOHA"),
-        ("use_dora", True),
-        ("modules_to_save", ["lm_head"]),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 8}),
-        ("bias", "all"),
-        ("lora_bias", True),
-        ("init_lora_weights", "pissa"),
-        ("trainable_token_indices", [1]),
-        ("a_variant_of_tomorrow", True),
+        ({"dora": True}, {"a": 0.5}, "has a DoRA adapter, of which there is no weighted sum"),
+        ({"dora": True}, {"a": 1.0, "c": 1.0}, "DoRA adapter"),
+        ({"modules_to_save": ["lm_head"]}, {"a": 1.0, "c": 1.0}, "lm_head is trained whole"),
     ],
 )
-def test_what_is_not_plain_lora_is_refused_by_name(saved: Path, field: str, value: Any) -> None:
-    model = tiny.quantized(tiny.llama())
-    before = values(model)
-    edit_config(saved, **{field: value})
-    with pytest.raises(ValueError, match=f"{CONFIG}: {field} = .* is not supported"):
-        load_adapter(model, saved)
-    with pytest.raises(ValueError, match=f"{field} = "):
-        read_config(saved)
-    assert equal(values(model), before)
-
-
-def test_every_setting_of_a_plain_peft_config_is_allowed(saved: Path) -> None:
-    """PEFT writes all its fields, most at values that mean nothing."""
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]).to_dict()
-    edit_config(saved, **config | {"target_modules": ["q_proj"]})
-    load_adapter(tiny.quantized(tiny.llama()), saved)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("r", None, "r must be an integer of at least 1; got None"),
-        ("r", 4.0, "r must be an integer"),
-        ("lora_alpha", "8", "lora_alpha must be a finite number"),
-        ("lora_alpha", math.nan, "lora_alpha must be a finite number; got nan"),
-        ("lora_alpha", math.inf, "lora_alpha must be a finite number; got inf"),
-        ("r", 8, "the adapter has rank 8, the model's layers have 4"),
-    ],
-)
-def test_wrong_values_are_named(saved: Path, field: str, value: Any, message: str) -> None:
-    edit_config(saved, **{field: value})
+def test_what_has_no_sum_is_refused(
+    more: dict[str, Any], weights: dict[str, float], message: str
+) -> None:
+    model = many(**more)
     with pytest.raises(ValueError, match=message):
-        load_adapter(tiny.quantized(tiny.llama()), saved)
+        qlora.set_adapter(model, weights)
+    with pytest.raises(ValueError, match=message):
+        qlora.combine_adapters(model, weights, "mix")
+    assert active_adapters(model) == ("a",)
+    qlora.set_adapter(model, {"a": 1.0})
 
 
-def _rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
-
-Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-
-
-@pytest.mark.parametrize(
-    ("damage", "error", "message"),
-    [
-        (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, rf"{WEIGHTS}: no such file"),
-        (lambda f: (f / CONFIG).unlink(), FileNotFoundError, rf"{CONFIG}: no such file"),
-        (lambda f: (f / CONFIG).write_text("{"), ValueError, rf"{CONFIG}: not valid JSON"),
-        (lambda f: (f / CONFIG).write_text("[]"), ValueError, rf"{CONFIG}: expected a JSON object"),
-        (
-            lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-64]),
-            ValueError,
-            rf"{WEIGHTS}: truncated or not a safetensors file",
-        ),
-        (lambda f: (f / WEIGHTS).write_bytes(b""), ValueError, rf"{WEIGHTS}: truncated"),
-        (lambda f: _rewrite(f, lambda t: t.pop(Q)), ValueError, f"1 missing .{Q}"),
-        (
-            lambda f: _rewrite(f, lambda t: t.update(extra=torch.ones(1))),
-            ValueError,
-            r"1 not in the model \(extra\)",
-        ),
-        (
-            lambda f: _rewrite(f, lambda t: t.update({Q: torch.ones(4, 32)})),
-            ValueError,
-            rf"{Q} has shape \(4, 32\), not \(4, 64\)",
-        ),
-        (
-            lambda f: _rewrite(f, lambda t: t[Q].fill_(math.nan)),
-            ValueError,
-            f"{Q} holds NaN or infinite values",
-        ),
-    ],
-)
-def test_damage_is_named_and_changes_nothing(
-    saved: Path, damage: Callable[[Path], Any], error: type[Exception], message: str
-) -> None:
-    model = tiny.quantized(tiny.llama())
-    before = values(model)
-    damage(saved)
-    with pytest.raises(error, match=message):
-        load_adapter(model, saved)
-    assert equal(values(model), before)
-
-
-def test_an_adapter_for_another_model_is_refused(tmp_path: Path, saved: Path) -> None:
-    with pytest.raises(ValueError, match=r"another model or other layers: 16 missing \(.*c_attn"):
-        load_adapter(tiny.quantized(tiny.gpt2()), saved)
-    with pytest.raises(ValueError, match=r"another model: .* has shape \(4, 64\), not \(4, 32\)"):
-        load_adapter(tiny.quantized(tiny.llama(hidden_size=32)), saved)
-    for action in (save_adapter, load_adapter):
-        with pytest.raises(ValueError, match="call quantize_model"):
-            action(tiny.llama(), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"rank": 8, "alpha": 16}, "the same rank; got 4 in .* and 8 in "),
-        ({"alpha": 1}, r"the same scaling; got 2\.0 in .* and 0\.25 in "),
-        ({"dropout": 0.5}, r"the same dropout; got 0\.0 in .* and 0\.5 in "),
-        ({"blocksize": 32}, "the same blocksize; got 64 in .* and 32 in "),
-        ({"double_quant": False}, "the same double_quant; got True in .* and False in "),
-    ],
-)
-def test_layers_that_one_file_cannot_describe_are_not_saved(
-    tmp_path: Path, setting: dict[str, Any], message: str
-) -> None:
-    model = tiny.adapted()
-    config = qlora.QLoRAConfig(**{"rank": 4, "alpha": 8} | setting)
-    other = qlora.QLoRALinear.from_linear(nn.Linear(64, 96), config)
-    model.model.layers[1].mlp.up_proj = other
-    first = "model.layers.0.self_attn.q_proj"
-    with pytest.raises(ValueError, match=f"{message}model.layers.1.mlp.up_proj") as caught:
-        save_adapter(model, tmp_path)
-    assert first in str(caught.value)
-    assert not any(tmp_path.iterdir())
+def test_adapters_of_different_dropout_or_too_many_ranks_do_not_add_up() -> None:
+    model = many()
+    qlora.add_adapter(model, QLoRAConfig(rank=4, dropout=0.5), "d")
+    with pytest.raises(ValueError, match="must have the same dropout"):
+        qlora.set_adapter(model, {"a": 1.0, "d": 1.0})
+    qlora.add_adapter(model, QLoRAConfig(rank=253), "e")
+    with pytest.raises(ValueError, match=r"their ranks come to 257 .* of 256 that are allowed"):
+        qlora.combine_adapters(model, {"a": 1.0, "e": 1.0}, "mix")

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from qlora import QLoRAConfig, pretrained, quantize_4bit
-from qlora.__main__ import field_descriptions, main
+from qlora.__main__ import main
+from qlora.flags import field_descriptions
 from qlora.pretrained import load_quantized
 from qlora.recipe import TrainConfig
 from tests import tiny
@@ -301,20 +302,33 @@ def test_a_folder_that_is_read_as_a_whole_is_named(
     captured = capsys.readouterr()
     reason = "0.0 GB and more of memory: transformers merges or splits weights as it reads them"
     assert captured.err.count(f"qlora: warning: {folder}: read as a whole, {reason}") == 1
-    assert "not linear, left dense    model.layers.*.mlp.experts.gate_up_proj (" in captured.out
+    assert "quantized layers          8\n" in captured.out  # two of them for each expert
+    assert "not linear" not in captured.out
 
 
 def test_every_setting_is_a_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """Once each, but for mappings; and of the groups each is there."""
     with pytest.raises(SystemExit):
         main(["finetune", "--help"])
-    words = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    settings = lines[: lines.index("when memory runs out, in this order:")]
+    flags = [line.split()[0].rstrip(",") for line in settings if line.startswith("  -")]
     for config in (TrainConfig, QLoRAConfig):
         descriptions = field_descriptions(config)
         for item in fields(config):
-            assert f"--{item.name.replace('_', '-')}" in words
+            expected = 0 if item.name.endswith("_pattern") else 1
+            assert flags.count(f"--{item.name.replace('_', '-')}") == expected, item.name
             assert len(descriptions[item.name]) > 10
+    words = " ".join(" ".join(lines).split())
     assert "(default: 0.0002)" in words
     assert "(default: 1875)" in words
+    assert "no adapter yet" not in words
+    groups = [line[:-1] for line in lines if line.endswith(":") and line[:1].isalpha()]
+    assert groups[-10:] == [
+        *("options", "data", "adapter", "base", "training", "memory", "run"),
+        *("when memory runs out, in this order", "when the loss is NaN or grows"),
+        "when nothing is learned",
+    ]
 
 
 def test_help_is_quick() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,136 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora import LoRALinear, QLoRAConfig, QLoRALinear, QuantizationReport, quantize_model
-
-VOCABULARY = 64
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+from tests.architectures import GENERATIVE, MODELS, bert_mlm, inputs, tiny
 
 
 def config(**settings: Any) -> QLoRAConfig:
     return QLoRAConfig(**{"rank": 2, "alpha": 4, "blocksize": 32} | settings)
-
-
-# --- Tiny models of real classes --------------------------------------------------------------------
-
-
-def llama(**settings: Any) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(**SIZES, **HEADS, num_key_value_heads=2, intermediate_size=48, **settings)
-    )
-
-
-def qwen3() -> nn.Module:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    sizes = {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS, **sizes, tie_word_embeddings=True))
-
-
-def gpt_neox() -> nn.Module:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, **HEADS, intermediate_size=48))
-
-
-def opt() -> nn.Module:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    sizes = {"ffn_dim": 48, "word_embed_proj_dim": 16, "max_position_embeddings": 32}
-    return OPTForCausalLM(OPTConfig(**SIZES, **HEADS, **sizes, dropout=0.0))
-
-
-def bloom() -> nn.Module:
-    from transformers import BloomConfig, BloomForCausalLM
-
-    return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4))
-
-
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **dropout, bos_token_id=0, eos_token_id=1))
-
-
-def bert_mlm() -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
-
-    return BertForMaskedLM(BertConfig(**SIZES, **HEADS, **NO_DROPOUT, intermediate_size=48))
-
-
-def bert_classifier() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    return BertForSequenceClassification(
-        BertConfig(**SIZES, **HEADS, **NO_DROPOUT, intermediate_size=48, num_labels=3)
-    )
-
-
-def t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCABULARY,
-            **sizes,
-            dropout_rate=0.0,
-            decoder_start_token_id=0,
-            tie_word_embeddings=True,
-        )
-    )
-
-
-def whisper() -> nn.Module:
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    layers = {f"{part}_layers": 2 for part in ("encoder", "decoder")}
-    heads = {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")}
-    ffn = {f"{part}_ffn_dim": 48 for part in ("encoder", "decoder")}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
-    positions = {"max_source_positions": 10, "max_target_positions": 32, "num_mel_bins": 8}
-    return WhisperForConditionalGeneration(
-        WhisperConfig(
-            vocab_size=VOCABULARY, d_model=32, **layers, **heads, **ffn, **ids, **positions
-        )
-    )
-
-
-# Each class: how to make it, and how many linear layers are converted.
-MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "llama": (llama, 2 * 7),
-    "qwen3": (qwen3, 2 * 7),
-    "gpt_neox": (gpt_neox, 2 * 4),
-    "opt": (opt, 2 * 6 + 2),  # and the projections from and to smaller embeddings
-    "bloom": (bloom, 2 * 4),
-    "gpt2": (gpt2, 2 * 4),
-    "bert_mlm": (bert_mlm, 2 * 6 + 1),
-    "bert_classifier": (bert_classifier, 2 * 6 + 2),  # the pooler, and the classifier: no embedding
-    "t5": (t5, 2 * 6 + 2 * 10),
-    "whisper": (whisper, 2 * 6 + 2 * 10),
-}
-GENERATIVE = sorted(set(MODELS) - {"bert_mlm", "bert_classifier"})
-
-
-def tiny(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return MODELS[name][0]().eval()
-
-
-def inputs(name: str) -> dict[str, Tensor]:
-    """With labels."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(4, VOCABULARY, (2, 9), generator=generator)
-    if name == "whisper":
-        return {"input_features": torch.randn(2, 8, 20, generator=generator), "labels": ids}
-    if name == "bert_classifier":
-        return {"input_ids": ids, "labels": torch.tensor([0, 2])}
-    return {"input_ids": ids, "labels": ids}
 
 
 def randomized(model: nn.Module) -> nn.Module:
@@ -187,10 +62,12 @@ def test_all_linear_layers_are_converted_and_nothing_else(name: str) -> None:
         assert type(model.get_submodule(key)) is QLoRALinear
         assert kinds.pop(key).__name__ in ("Linear", "Conv1D")
     assert kinds == {
-        key: type(module) for key, module in model.named_modules() if key not in report.quantized
+        key: type(module)
+        for key, module in model.named_modules()
+        if key not in report.quantized and ".adapters" not in key
     }
     for key, parameter in model.named_parameters(remove_duplicate=False):
-        if key.rpartition(".")[0] not in report.quantized:
+        if key.rpartition(".")[0] not in report.quantized and ".adapters." not in key:
             old, values = before[key]
             assert parameter is old  # the same object: what was tied is tied
             assert torch.equal(parameter, values)
@@ -209,12 +86,19 @@ def test_output_is_that_of_the_dequantized_model(name: str) -> None:
     assert not torch.allclose(result.logits, exact.logits)
 
 
+def factors(layers: Iterable[str]) -> set[str]:
+    """The names of the parameters of the layers' adapters."""
+    return {
+        f"{layer}.adapters.default.{which}" for layer in layers for which in ("lora_a", "lora_b")
+    }
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_go_to_all_adapters_and_to_nothing_else(name: str) -> None:
     model = tiny(name).train()
     report = quantize_model(model, config())
     gradients = adapter_gradients(randomized(model), name)
-    wanted = {f"{layer}.{factor}" for layer in report.adapted for factor in ("lora_a", "lora_b")}
+    wanted = factors(report.adapted)
     assert gradients.keys() == wanted
     for key, gradient in gradients.items():
         assert torch.isfinite(gradient).all(), key
@@ -352,14 +236,12 @@ def test_target_modules(target_modules: Any, expected: set[str]) -> None:
     assert len(report.quantized) == 14
     for name in report.quantized:
         assert (model.get_submodule(name).lora_a is not None) == (name in expected)
-    assert adapter_gradients(randomized(model), "llama").keys() == {
-        f"{name}.{factor}" for name in expected for factor in ("lora_a", "lora_b")
-    }
+    assert adapter_gradients(randomized(model), "llama").keys() == factors(expected)
 
 
 @pytest.mark.parametrize(
     "target_modules",
-    [["proj"], ["q"], ["q_proj", "v_porj"], "q_proj", r"q_proj.*", ["lm_head"], ["embed_tokens"]],
+    [["proj"], ["q"], ["q_proj", "v_porj"], "q_proj", r"q_proj.*", ["embed_tokens"], ["norm"]],
 )
 def test_target_modules_that_match_nothing(target_modules: Any) -> None:
     """Names match whole parts, a regular expression the full name; embeddings are never targets."""
@@ -367,6 +249,74 @@ def test_target_modules_that_match_nothing(target_modules: Any) -> None:
     with pytest.raises(ValueError, match=r"target_modules must match .* q_proj, k_proj, v_proj"):
         quantize_model(model, config(target_modules=target_modules))
     assert not any(isinstance(module, QLoRALinear) for module in model.modules())
+
+
+def test_an_output_embedding_that_is_named_gets_an_adapter_and_stays_dense() -> None:
+    for format in ("nf4", None):
+        model = tiny("llama")
+        head = model.lm_head.weight.clone()
+        report = quantize_model(model, config(target_modules=["lm_head", "q_proj"], format=format))
+        assert set(report.adapted) == {*(name for name in Q_AND_V if "q_proj" in name), "lm_head"}
+        assert len(report.quantized) == (14 if format else 0)
+        assert "lm_head" not in report.quantized + report.left_alone
+        assert torch.equal(model.lm_head.weight, head)
+        assert adapter_gradients(randomized(model), "llama").keys() == factors(report.adapted)
+
+
+@pytest.mark.parametrize("format", ["nf4", None])
+def test_no_adapter_yet(format: str | None) -> None:
+    model = tiny("llama")
+    report = quantize_model(model, config(target_modules=None, format=format))
+    assert report.adapted == ()
+    assert len(report.quantized) == (14 if format else 0)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_patterns_give_layers_ranks_and_alphas_of_their_own() -> None:
+    model = tiny("llama")
+    patterns = {"rank_pattern": {"v_proj": 2, r"1\.mlp\..*": 3}, "alpha_pattern": {"o_proj": 32}}
+    quantize_model(model, config(rank=4, alpha=8, **patterns))
+    for i in (0, 1):
+        layer = model.model.layers[i]
+        attention, mlp = layer.self_attn, layer.mlp
+        assert (attention.q_proj.rank, attention.q_proj.scaling) == (4, 2.0)
+        assert (attention.v_proj.rank, attention.v_proj.scaling) == (2, 4.0)
+        assert (attention.o_proj.rank, attention.o_proj.scaling) == (4, 8.0)
+        assert mlp.up_proj.rank == (3 if i else 4)
+
+
+def test_modules_to_save_are_trained_whole() -> None:
+    """Neither quantized nor adapted; a copy of theirs is trainable, the original stays."""
+    model = tiny("llama")
+    head, q_proj = model.lm_head, model.model.layers[1].self_attn.q_proj
+    names = ["lm_head", "layers.1.self_attn.q_proj"]
+    report = quantize_model(model, config(modules_to_save=names))
+    assert len(report.quantized) == len(report.adapted) == 13
+    assert model.lm_head.original is head
+    assert model.model.layers[1].self_attn.q_proj.original is q_proj
+    assert not head.weight.requires_grad
+    trainable = {key for key, p in model.named_parameters() if p.requires_grad}
+    copies = {
+        "lm_head.adapters.default.weight",
+        "model.layers.1.self_attn.q_proj.adapters.default.weight",
+    }
+    assert trainable == factors(report.adapted) | copies
+    assert adapter_gradients(randomized(model), "llama").keys() == trainable
+    with pytest.raises(ValueError, match=r"modules_to_save must match a module; 'score'"):
+        quantize_model(tiny("llama"), config(modules_to_save=["score"]))
+
+
+def test_layers_to_hold_in_4_bits_can_be_named() -> None:
+    """As a file says that holds some linear layers dense, and its output embedding in 4 bits."""
+    layers = ["lm_head", "model.layers.0.mlp.up_proj"]
+    model = tiny("llama")
+    report = quantize_model(model, config(), layers)
+    assert set(report.quantized) == set(layers)
+    assert len(report.adapted) == 14
+    assert "lm_head" not in report.adapted
+    assert type(model.model.layers[1].mlp.up_proj) is LoRALinear
+    with pytest.raises(ValueError, match=r"layers must name linear layers .* 'norm'"):
+        quantize_model(tiny("llama"), config(), ["norm"])
 
 
 def test_a_bad_regular_expression_is_refused() -> None:
@@ -620,24 +570,27 @@ def test_the_report() -> None:
 
 
 def test_the_report_names_what_takes_as_much_memory_as_before() -> None:
-    """Experts held as one parameter for a layer; not what is small, nor embeddings and linear layers."""
-    from transformers import MixtralConfig, MixtralForCausalLM
+    """Llama 4's experts, which run in a way of their own; not what is small, nor embeddings and linear layers."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-    kind = MixtralConfig(
+    kind = Llama4TextConfig(
         vocab_size=258,
         hidden_size=64,
         intermediate_size=96,
         num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
         num_hidden_layers=2,
         num_local_experts=4,
+        interleave_moe_layer_step=1,
+        pad_token_id=0,
     )
-    report = quantize_model(MixtralForCausalLM(kind), config())
-    gate_up, down, router = 2 * 4 * 2 * 96 * 64, 2 * 4 * 64 * 96, 2 * 4 * 64
-    layer = "model.layers.*.mlp"
+    report = quantize_model(Llama4ForCausalLM(kind), config())
+    gate_up, down = 2 * 4 * 2 * 96 * 64, 2 * 4 * 64 * 96
+    layer = "model.layers.*.feed_forward"
     assert report.other_dense == (
         (f"{layer}.experts.gate_up_proj", gate_up),
         (f"{layer}.experts.down_proj", down),
-        (f"{layer}.gate.weight", router),
     )
     total = report.quantized_parameters + report.dense_parameters
     row = f"not linear, left dense    {layer}.experts.gate_up_proj ({gate_up:,}, {gate_up / total:.0%})"

@@ -35,9 +35,9 @@ def test_what_cannot_be_quantized_is_refused(folder: Path, tmp_path: Path) -> No
         quantize_folder(dense, tmp_path / "new", config(format=None))
     with pytest.raises(ValueError, match="exists already and is not an empty folder"):
         quantize_folder(dense, folder, config())
-    edit(dense, quantization_config={"quant_method": "bitsandbytes"})
+    edit(dense, quantization_config={"quant_method": "gptq"})
     for call in (loaded, lambda path: quantize_folder(path, tmp_path / "new", config())):
-        with pytest.raises(ValueError, match=r"quantized already \(bitsandbytes\)"):
+        with pytest.raises(ValueError, match=r"quantized already \(gptq\)"):
             call(dense)
     model = build("llama")
     with pytest.raises(ValueError, match="model must hold quantized layers"):

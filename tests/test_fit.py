@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-from transformers import MixtralConfig
+from transformers import Llama4TextConfig
 
 from qlora import QLoRAConfig, fit
 from qlora.fit import CARDS, GIB, RESERVE, Option, cards, improvements, report
@@ -78,9 +78,10 @@ def test_the_table_shows_both_ways_and_adds_up() -> None:
 
 def test_experts_that_stay_dense_are_pointed_out() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 258}
-    experts = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    experts = Llama4TextConfig(**sizes, **heads, num_local_experts=4, pad_token_id=0)
     _, said, _ = report(experts, LORA, RECIPE)
-    assert said.startswith("Left dense, as they are no linear layers: model.layers.*.mlp.experts.")
+    assert said.startswith("Left dense, as they are no linear layers: model.layers.*.feed_forward.")
     assert len(list(report(experts, QLoRAConfig(format=None), RECIPE))) == 2
 
 

@@ -131,6 +131,10 @@ def test_it_is_the_dense_path_bit_for_bit(tmp_path: Path, name: str, dtype: torc
         {"format": "int4", "double_quant": False},
         {"scale_format": "e4m3", "adapter_dtype": "bfloat16"},
         {"target_modules": ("q_proj", "mlp.up_proj")},
+        {"dora": True, "rank_pattern": {"up_proj": 3}, "target_modules": ("up_proj", "lm_head")},
+        {"init": "pissa", "init_iterations": 2},
+        {"init": "loftq", "adapter_dtype": "bfloat16"},
+        {"init": "pissa", "target_modules": ("q_proj", "lm_head")},
     ],
     ids=str,
 )
@@ -202,6 +206,27 @@ def test_what_does_not_fit_is_left_to_transformers(
         streamed(folder)
 
 
+def test_modules_that_are_trained_whole_get_their_copies(tmp_path: Path) -> None:
+    folder = save(build("llama, tied"), tmp_path, "1GB")
+    settings = {"modules_to_save": ("lm_head", "layers.1.mlp", "norm")}
+    ours, theirs = streamed(folder, **settings), dense(folder, **settings)
+    assert ours[1] == theirs[1]
+    assert_same(ours[0], theirs[0])
+    copy = ours[0].lm_head.adapters["default"].weight
+    assert copy.data_ptr() != ours[0].lm_head.original.weight.data_ptr()
+
+
+def test_experts_that_lie_stacked_are_split(tmp_path: Path) -> None:
+    """As transformers has them, which it takes too, and not one by one as it writes them."""
+    torch.manual_seed(0)
+    model = hf.MixtralForCausalLM(MERGED).bfloat16()
+    save(model, tmp_path)
+    for file in tmp_path.glob("*.safetensors*"):
+        file.unlink()
+    shards.write(tmp_path, "model", dict(model.state_dict()))
+    assert_same(streamed(tmp_path)[0], dense(tmp_path)[0])
+
+
 def test_merged_experts_are_left_to_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = save(hf.MixtralForCausalLM(MERGED), tmp_path)
@@ -209,7 +234,7 @@ def test_merged_experts_are_left_to_transformers(tmp_path: Path) -> None:
     torch.manual_seed(5)
     with pytest.warns(UserWarning, match=said.replace("folder", re.escape(str(folder)))):
         model, report = load_quantized(folder, config(), precision="float32")
-    assert len(report.quantized) == 8
+    assert len(report.quantized) == 8 + 2 * 2 * MERGED.num_local_experts
     assert_same(model, dense(folder)[0])
 
 

@@ -81,7 +81,7 @@ def test_from_linear(kind: str, make: Callable[[], nn.Module]) -> None:
     assert layer.lora_a.shape == (RANK, K)
     assert layer.lora_b.shape == (N, RANK)
     trainable = {name for name, p in layer.named_parameters() if p.requires_grad}
-    assert trainable == {"lora_a", "lora_b"}
+    assert trainable == {"adapters.default.lora_a", "adapters.default.lora_b"}
     assert (layer.bias is None) == (base.bias is None)
 
 
@@ -201,7 +201,7 @@ def test_both_kinds_train_alike() -> None:
     layer, base = quantized(), linear()
     base.weight.data = layer.base_weight()
     dense = LoRALinear.from_linear(base, config())
-    dense.lora_a, dense.lora_b = (nn.Parameter(p.detach().clone()) for p in layer._adapter())
+    dense.adapter.start(layer.lora_a, layer.lora_b)
     results = []
     for module in (layer, dense):
         x = inputs(2, 3).requires_grad_()
@@ -281,7 +281,8 @@ def test_state_dict_round_trip(
     other.load_state_dict(state, strict=True, assign=assign)
     assert torch.equal(layer(inputs()), other(inputs()))
     assert set(state) == {
-        *("packed", "absmax", "bias", "lora_a", "lora_b", "_extra_state"),
+        *("packed", "absmax", "bias", "weight", "_extra_state"),
+        *("adapters.default.lora_a", "adapters.default.lora_b"),
         *(("nested_absmax", "nested_offset") if layer.scale_format else ()),
     }
 

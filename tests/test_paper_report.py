@@ -159,6 +159,11 @@ def passing_results() -> dict[str, Any]:
                     "before": _measured(74.0, **words),
                     "after": _measured(17.0, **trained),
                     "merged": _measured(17.01),
+                    "onto_original": _measured(16.2),
+                    "requantized": _measured(70.0, error=0.006, adapter=0.005, kept=0.01),
+                    "requantized_onto_original": _measured(
+                        17.3, error=0.09, adapter=0.005, kept=0.99
+                    ),
                 },
             },
         },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -11,27 +10,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora.__main__ import main
-from tests import tiny
+from tests import pages
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PYTHON_BLOCKS = [block.text for block in pages.blocks(README) if block.language == "python"]
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model and data under the names that the README uses."""
-    tiny.llama().save_pretrained(tmp_path / "path/to/model")
-    tiny.tokenizer().save_pretrained(tmp_path / "path/to/model")
-    record = json.dumps({"prompt": "2 + 2 = ", "completion": "4"})
-    (tmp_path / "data.jsonl").write_text(f"{record}\n" * 4, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(pages.prepare(tmp_path))
     return tmp_path
 
 
 def test_fine_tuning_in_ten_lines(workplace: Path) -> None:
     block = PYTHON_BLOCKS[0]
     assert len(block.strip().splitlines()) <= 10
-    exec(block.replace("steps=100", "steps=1"), {})
+    names: dict[str, object] = {}
+    exec(pages.shortened(block), names)
+    exec(pages.shortened(PYTHON_BLOCKS[2]), names)  # and several adapters, of which this is one
     merged = AutoModelForCausalLM.from_pretrained(workplace / "merged")
     assert torch.isfinite(merged(torch.tensor([[0, 5, 9]])).logits).all()
 

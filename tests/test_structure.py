@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ("benchmarks", "paper_repro", "tests")  # they use the library, never the other way round
+# They use the library, never the other way round.
+PROGRAMS = ("benchmarks", "docs", "examples", "paper_repro", "tests")
 MAX_LINES = 400
 
 # What comes later may import what comes earlier, directly or through others, never the reverse.
@@ -28,6 +29,7 @@ SPINE = (
     "qlora.modules",
     "qlora.convert",
     "qlora.adapters",
+    "qlora.merging",
     "qlora.train",
     "qlora.__main__",
 )
@@ -42,15 +44,24 @@ TESTED_BY = {
     "kernels/many_tokens.py": "test_linear.py",
     "qlora/__init__.py": "test_structure.py",
     "qlora/__main__.py": "test_cli.py",
+    "qlora/adapter.py": "test_adapters.py",
+    "qlora/adapter_checks.py": "test_adapter_files.py",
+    "qlora/adapter_settings.py": "test_adapter_files.py",
     "qlora/batching.py": "test_data.py",
     "qlora/commands.py": "test_cli.py",
     "qlora/evaluation.py": "test_train.py",
+    "qlora/flags.py": "test_cli.py",
+    "qlora/fingerprint.py": "test_adapter_files.py",
     "qlora/folder_config.py": "test_model_folders.py",
     "qlora/generate.py": "test_cli.py",
+    "qlora/placing.py": "test_loading.py",
+    "qlora/originals.py": "test_merging.py",
     "qlora/pretrained.py": "test_cli.py",
     "qlora/progress.py": "test_train.py",
     "qlora/recipe.py": "test_train.py",
     "qlora/records.py": "test_data.py",
+    "qlora/report.py": "test_convert.py",
+    "qlora/targets.py": "test_convert.py",
     "qlora/tensor_names.py": "test_loading.py",
 }
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora.adapters import adapter_parameters, enable_adapters, load_adapter
+from qlora.adapter_files import load_adapter
+from qlora.adapters import adapter_parameters, enable_adapters
 from qlora.batching import collate
 from qlora.data import IGNORE, Example
 from qlora.evaluation import evaluate, summed_loss
@@ -61,6 +62,11 @@ def test_the_defaults_are_the_guanaco_recipe() -> None:
             {"gradient_checkpointing": False, "offload_checkpoints": True},
             ValueError,
             "offload_checkpoints must be False without gradient_checkpointing",
+        ),
+        (
+            {"loraplus_ratio": 0.5},
+            ValueError,
+            "loraplus_ratio must be finite and at least 1; got 0.5",
         ),
         ({"group_by_length": 1}, TypeError, "group_by_length must be of type bool"),
     ],
@@ -183,6 +189,24 @@ def test_the_optimizer_takes_each_step_with_the_settings_of_the_run() -> None:
     rates = [4e-3, 3e-3, 2e-3, 1e-3]
     assert seen == [[pytest.approx(rate), (0.5, 0.75), 1e-3, 0.25] for rate in rates]
     assert [record["lr"] for record in records] == pytest.approx(rates)
+
+
+def test_lora_plus_moves_b_at_a_rate_of_its_own() -> None:
+    config = replace(SMALL, schedule="linear", learning_rate=4e-3, steps=4, loraplus_ratio=16.0)
+    net, seen = model(), []
+    optimizer = make_optimizer(net, config)
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    factors = [{names[p].rpartition(".")[2] for p in g["params"]} for g in optimizer.param_groups]
+    assert factors == [{"lora_a"}, {"lora_b"}]
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.append([group["lr"] for group in optimizer.param_groups])
+    )
+    parameters, batch = list(adapter_parameters(net).values()), collate(tiny.examples(2))
+    records = [train_step(net, optimizer, parameters, [batch], config, i) for i in range(4)]
+    rates = [4e-3, 3e-3, 2e-3, 1e-3]
+    assert seen == [pytest.approx([rate, 16 * rate]) for rate in rates]
+    assert [record["lr"] for record in records] == pytest.approx(rates)
+    assert len(make_optimizer(net, SMALL).param_groups) == 1
 
 
 def test_each_step_has_a_dropout_of_its_own_and_always_the_same() -> None:

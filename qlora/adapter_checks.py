@@ -1,0 +1,104 @@
+"""Whether an adapter's files fit a model: all that is looked at before the first value changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qlora.adapters import hosts, layer_shape, plain_name
+from qlora.peft_format import StoredAdapter, key_of
+from qlora.saved_modules import SavedModule
+
+
+def check_layers(path: Path, model: nn.Module, stored: StoredAdapter) -> None:
+    """Whether the model has what the adapter is for, of the same shapes."""
+    extra = [key_of(name, "lora_a") for name in stored.layers if layer_shape(model, name) is None]
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    extra += [
+        key_of(name, next(iter(stored.saved[name]))) for name in stored.saved if name not in modules
+    ]
+    extra += [f"{name}" for name in stored.brought if name not in modules]
+    _raise_mismatch(path, (), extra)
+    for name, parts in stored.layers.items():
+        n, k = layer_shape(model, name)
+        rank = parts["lora_a"].shape[0]
+        shapes = {"lora_a": (rank, k), "lora_b": (n, rank), "magnitude": (n,)}
+        for factor, value in parts.items():
+            _check_shape(path, key_of(name, factor), value, shapes[factor])
+    for name, values in stored.saved.items():
+        module = modules[name]
+        expected = (module.original if isinstance(module, SavedModule) else module).state_dict()
+        _raise_mismatch(
+            path,
+            [key_of(name, key) for key in expected.keys() - values.keys()],
+            [key_of(name, key) for key in values.keys() - expected.keys()],
+        )
+        for key, value in values.items():
+            _check_shape(path, key_of(name, key), value, tuple(expected[key].shape))
+
+
+def check_same(path: Path, model: nn.Module, stored: StoredAdapter, name: str) -> None:
+    """Whether the model's adapter has the same layers, ranks and modules."""
+    own: dict[str, Mapping[str, Tensor]] = {}
+    for where, host in hosts(model).items():
+        if name in host.adapters:
+            own[where] = dict(host.adapters[name].named_parameters())
+    given = {**stored.layers, **stored.saved}
+    _raise_mismatch(
+        path,
+        [
+            key_of(layer, factor)
+            for layer in own
+            for factor in own[layer]
+            if factor not in given.get(layer, {})
+        ],
+        [
+            key_of(layer, factor)
+            for layer in given
+            for factor in given[layer]
+            if factor not in own.get(layer, {})
+        ],
+    )
+    for layer, parts in stored.layers.items():
+        ranks = parts["lora_a"].shape[0], own[layer]["lora_a"].shape[0]
+        if ranks[0] != ranks[1]:
+            raise ValueError(
+                f"{path.parent}: the adapter has rank {ranks[0]}, the model's {name!r} has {ranks[1]} "
+                f"({layer}): load it under another name, or delete_adapter(model, {name!r}) first"
+            )
+
+
+def _raise_mismatch(path: Path, missing: Iterable[str], extra: Iterable[str]) -> None:
+    parts = ((sorted(missing), "missing"), (sorted(extra), "not in the model"))
+    if found := "; ".join(f"{len(keys)} {what} ({_some(keys)})" for keys, what in parts if keys):
+        raise ValueError(f"{path}: the adapter is for another model or other layers: {found}")
+
+
+def _check_shape(path: Path, key: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if value.shape != shape:
+        shapes = f"{tuple(value.shape)}, not {shape}"
+        raise ValueError(f"{path}: the adapter is for another model: {key} has shape {shapes}")
+
+
+def check_brought(path: Path, model: nn.Module, brought: Mapping[str, Tensor]) -> None:
+    """PEFT puts embeddings beside an adapter that was trained on a model with other ones."""
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    for name, value in brought.items():
+        module = modules[name]
+        own = getattr(
+            module.original if isinstance(module, SavedModule) else module, "weight", None
+        )
+        same = isinstance(own, Tensor) and own.shape == value.shape
+        if not same or not torch.equal(value.to(own), own):
+            raise ValueError(
+                f"{path}: brings a base weight for {name} that is not the model's; it was trained on a "
+                "model whose embeddings had been changed: give the model those first"
+            )
+
+
+def _some(keys: Iterable[str], count: int = 3) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:count]) + (", ..." if len(keys) > count else "")
