@@ -18,9 +18,11 @@ from paper_repro import assets, draw, model, perplexity, text
 from paper_repro.experiment import Claim, Experiment, Result, table
 from paper_repro.lab import OUT, Lab
 from qlora import QLoRAConfig, files
-from qlora.adapters import BASE_CONFIG, CONFIG, WEIGHTS, merge
+from qlora.adapter_files import BASE_CONFIG
 from qlora.data import Example, load_dataset
 from qlora.generate import generate
+from qlora.merging import merge, requantize
+from qlora.peft_format import CONFIG, WEIGHTS
 from qlora.pretrained import load_quantized, load_tokenizer, place, save_dense
 from qlora.train import TrainConfig, train
 
@@ -92,7 +94,12 @@ class Arm:
         """Before, after and, through 4 bits, merged; each is remembered by itself."""
         stages = {"before": self._before, "after": self._train}
         if self.base == NF4:
-            stages["merged"] = self._merge
+            stages |= {
+                "merged": self._merge,
+                "onto_original": self._merge_onto_original,
+                "requantized": lambda: self._requantize(None),
+                "requantized_onto_original": lambda: self._requantize(self.base_folder),
+            }
         return {
             stage: self.lab.measure(
                 f"finetune-{self.base}-{stage}",
@@ -130,14 +137,31 @@ class Arm:
         merged = self.folder / "merged"
         shutil.rmtree(merged, ignore_errors=True)
         print("Merging into a 16-bit model ...", flush=True)
-        config = lora_config(self.base)
-        network, _ = load_quantized(self.base_folder, config, self.folder, precision="float32")
-        network = place(merge(network, MERGED_DTYPE), "cpu", MERGED_DTYPE)
+        network = place(merge(self._trained(), MERGED_DTYPE), "cpu", MERGED_DTYPE)
         save_dense(network, self.base_folder, merged)
         plain = AutoModelForCausalLM.from_pretrained(
             merged, dtype=torch.float32, local_files_only=True
         )
         return self._perplexity(plain, "merged")
+
+    def _merge_onto_original(self) -> dict[str, Any]:
+        """Merge into 16 bits, over the weights that 4 bits were made of."""
+        network = merge(self._trained(), MERGED_DTYPE, onto=self.base_folder)
+        network = place(network, "cpu", MERGED_DTYPE).float()
+        return self._perplexity(network, "merged onto the original")
+
+    def _requantize(self, onto: Path | None) -> dict[str, Any]:
+        """Quantize the sum again, in 4 bits as the base is."""
+        network = self._trained()
+        done = requantize(network, onto=onto)
+        parts = ("error", "adapter", "kept")
+        means = {part: sum(getattr(layer, part) for layer in done) / len(done) for part in parts}
+        return {**self._perplexity(network, "merged and quantized again"), **means}
+
+    def _trained(self) -> torch.nn.Module:
+        """The base with the trained adapter, read anew."""
+        config = lora_config(self.base)
+        return load_quantized(self.base_folder, config, self.folder, precision="float32")[0]
 
     def _evaluate(self, network: torch.nn.Module, what: str) -> dict[str, Any]:
         samples = self._samples(network, what) if self.base == NF4 else []
@@ -274,7 +298,8 @@ CLAIMS = (
 
 
 def section(result: Result) -> str:
-    after, merged = (result["arms"][NF4][stage] for stage in ("after", "merged"))
+    stages = ("after", "merged", "onto_original", "requantized", "requantized_onto_original")
+    after, merged, onto, again, again_onto = (result["arms"][NF4][stage] for stage in stages)
     recipe, share = result["recipe"], after["adapter_parameters"] / after["base_parameters"]
     return f"""{result["task"]}, {result["examples"]:,} examples seen once, {recipe["steps"]} steps of \
 {recipe["micro_batch_size"]} ({after["tokens_trained"]:,} tokens), LoRA rank {result["lora"]["rank"]} on all linear \
@@ -292,7 +317,12 @@ alike cancels out. {_left(result):.1%} of perplexity remain between them.
 - The adapter: {after["adapter_parameters"]:,} parameters, {share:.1%} of the base; {after["adapter_bytes"]:,} bytes \
 in `paper_repro/out/adapter`.
 - Merged into bf16 and read by plain transformers: perplexity {merged["perplexity"]:.2f} \
-({_merge_change(result):+.2%}).
+({_merge_change(result):+.2%}). Over the weights that the base was quantized from, in place of what 4 bits left of \
+them: {onto["perplexity"]:.2f}.
+- Merged and quantized again to NF4 + DQ: {again["perplexity"]:.2f}, with {again["kept"]:.0%} of what the adapter had \
+added; it is small ({again["adapter"]:.2%} of the weights), and the weights of a 4-bit base go back to the values \
+where they were. Over the original weights, quantized then: {again_onto["perplexity"]:.2f}, with \
+{again_onto["kept"]:.0%} kept.
 
 Greedy continuations by the NF4 + DQ model; none of these prompts was trained on:
 

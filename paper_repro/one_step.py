@@ -16,8 +16,9 @@ from torch import nn
 
 from qlora import QLoRAConfig, QLoRALinear, quantize_4bit, quantize_model
 from qlora.evaluation import module_modes
-from qlora.loading import skeleton, start_adapters
+from qlora.loading import skeleton
 from qlora.memory import plan_memory, static_bytes
+from qlora.placing import start_adapters
 from qlora.progress import Progress
 from qlora.recipe import TrainConfig
 from qlora.recompute import recomputing
