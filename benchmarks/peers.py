@@ -133,16 +133,28 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def peft_model(
-    model: nn.Module, rank: int, alpha: float, target_modules: Any, dropout: float = 0.0
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    target_modules: Any,
+    dropout: float = 0.0,
+    dora: bool = False,
 ) -> nn.Module:
-    """The model with PEFT's LoRA, on its Linear or Linear4bit layers. Adapters are in fp32, as PEFT's default."""
+    """The model with PEFT's LoRA or DoRA, on its Linear or Linear4bit layers.
+
+    Adapters are in fp32, as PEFT's default.
+    """
     with quiet():
         from peft import LoraConfig, get_peft_model
 
         # The mark by which PEFT finds bitsandbytes' layers; it means nothing to the others.
         model.is_loaded_in_4bit = True
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=target_modules, lora_dropout=dropout
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=target_modules,
+            lora_dropout=dropout,
+            use_dora=dora,
         )
         return get_peft_model(model, config)
 
@@ -154,6 +166,7 @@ def peft_layer(linear: nn.Module, rank: int, alpha: float, dropout: float) -> nn
     return peft_model(holder, rank, alpha, ["layer"], dropout).base_model.model.layer
 
 
-def peft_adapter(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B of PEFT's layer."""
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+def peft_adapter(layer: nn.Module) -> tuple[nn.Parameter, ...]:
+    """A and B of PEFT's layer; if it is DoRA, its magnitude as well."""
+    parts = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
+    return tuple(part["default"].weight for part in parts if "default" in part)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 from functools import cached_property, partial
@@ -103,11 +102,12 @@ class StepInputs(Trained):
         layers: int,
         real_weights: bool,
         seed: int,
+        dora: bool = False,
     ) -> None:
         torch.manual_seed(seed)
         shape = (BATCHES, SEQUENCES, LENGTH)
         self.batches = torch.randint(SMOLLM2["vocab_size"], shape).to(device)
-        super().__init__(_load(layers, real_weights), device, dtype, rank)
+        super().__init__(_load(layers, real_weights), device, dtype, rank, dora)
 
     @cached_property
     def plain(self) -> list[Tensor]:
@@ -117,8 +117,7 @@ class StepInputs(Trained):
     @cached_property
     def oracle(self) -> list[Tensor]:
         """The same in fp64 (transformers' norms round to fp32 all the same)."""
-        model = copy.deepcopy(self.dense()).double()
-        return training_step(self, model)()
+        return training_step(self, self.exact())()
 
 
 def _load(layers: int, real_weights: bool) -> nn.Module:
@@ -155,7 +154,7 @@ def training_step(inputs: StepInputs, model: nn.Module) -> Call:
 
 
 def _check(inputs: StepInputs, tensors: list[Tensor]) -> None:
-    """The gradients by the tolerance rule, all of them as one vector; the loss nearly."""
+    """The gradients by the tolerance rule, all of a kind as one vector; the loss nearly."""
     loss, exact_loss = tensors[0].double(), inputs.oracle[0].double()
     tolerance = 16 * torch.finfo(inputs.dtype).eps
     if not abs(loss - exact_loss) <= tolerance * abs(exact_loss):

@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.ceilings import product_tflop_per_s
 from benchmarks.decoder_cases import decoder_cases
+from benchmarks.dora_cases import dora_cases
 from benchmarks.harness import Case
 from benchmarks.kernel_cases import kernel_cases
 from benchmarks.layer_cases import layer_cases
@@ -22,6 +23,7 @@ GROUPS = {
     "decoder": "a decoder layer of Llama 3 8B's shape, both passes (GPU, or tiny with --quick)",
     "adamw": "a step of the optimizer for the adapters of a model",
     "step": "a fine-tuning step of SmolLM2-135M",
+    "dora": "the same and the decoder layer with DoRA, beside LoRA",
 }
 
 
@@ -33,6 +35,7 @@ def all_cases(
     cases += decoder_cases(device, dtypes, quick)
     cases += optimizer_cases(device, quick)
     cases += step_cases(device, dtypes[:1] if quick else dtypes, quick)
+    cases += dora_cases(device, dtypes, quick)
     return [case for case in cases if case.group in groups]
 
 

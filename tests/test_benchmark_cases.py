@@ -15,6 +15,7 @@ from benchmarks import __main__ as program
 from benchmarks import (
     ceilings,
     decoder_cases,
+    dora_cases,
     kernel_cases,
     layer_cases,
     optimizer_cases,
@@ -37,7 +38,7 @@ GPU_CLOCKS = {
     "quantize": ("eager", "graph"),  # with the check for NaN, and without
     **dict.fromkeys(("dequantize", "forward", "layer", "crossover"), ("graph",)),
     "launch": ("host",),
-    **dict.fromkeys(("decoder", "adamw", "step"), ("eager",)),
+    **dict.fromkeys(("decoder", "adamw", "step", "dora"), ("eager",)),
 }
 
 
@@ -163,10 +164,12 @@ def test_the_gpu_has_the_cases_that_are_aimed_at() -> None:
     cases += decoder_cases.decoder_cases(device, [torch.bfloat16], False)
     cases += optimizer_cases.optimizer_cases(device, False)
     cases += step_cases.step_cases(device, [torch.bfloat16], False)
+    cases += dora_cases.dora_cases(device, [torch.bfloat16], False)
     assert {case.group for case in cases} == set(suite.GROUPS)
     for case in cases:
         assert set(case.targets) <= {contender.name for contender in case.contenders}
-        assert bool(case.targets) is (case.group not in ("launch", "crossover", "step")), case.name
+        aimless = case.group in ("launch", "crossover") or case.name.startswith("SmolLM2-135M, 4")
+        assert bool(case.targets) is not aimless, case.name
         assert case.clock in GPU_CLOCKS[case.group], case.name
         assert case.draws is bool(case.parameters.get("dropout"))
         assert not case.required
@@ -175,7 +178,7 @@ def test_the_gpu_has_the_cases_that_are_aimed_at() -> None:
     assert {(c.parameters["n"], c.parameters["k"]) for c in decoded} == {
         *((4096, 4096), (11008, 4096), (8192, 8192), (28672, 8192))
     }
-    assert len(cases) <= 48  # the time of a whole run
+    assert len(cases) <= 51  # the time of a whole run
 
 
 def test_the_targets_on_a_gpu() -> None:
@@ -203,6 +206,10 @@ def test_the_targets_on_a_gpu() -> None:
         **{f"forward {m}": more for m in (32, 128, 512)},
         **{f"layer {m}": training for m in (2048, 8192, 16384)},
         "decoder": {"PEFT over bitsandbytes NF4+DQ": 1.3},
+        "dora": {
+            "qlora LoRA NF4+DQ": pytest.approx(1 / 1.3),
+            "PEFT over bitsandbytes NF4+DQ": 1.0,
+        },
         "adamw": {"not paged": 0.95, "torch fused": 1.0, "copy of as many bytes": 0.80},
     }
     assert kernel_cases.MOST_TEMPORARY_BYTES == 64 * 2**20
@@ -326,14 +333,20 @@ def test_a_wrong_decoder_layer_is_refused() -> None:
         ours.check(one, result[:-1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_step_runs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """All contenders agree with the fp64 oracle on the gradients of a small Llama."""
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small Llama over few tokens."""
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
     monkeypatch.setattr(step_cases, "SMOLLM2", step_cases.SMOLLM2 | sizes | heads)
     monkeypatch.setattr(step_cases, "LENGTH", 16)
     monkeypatch.setattr(step_cases, "cached_model", lambda: None)
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_step_runs(dtype: torch.dtype) -> None:
+    """All contenders agree with the fp64 oracle on the gradients of a small Llama."""
     case = step_cases.step_cases(CPU, [dtype], quick=False)[0]
     assert case.parameters["weights"] == "random"
     assert case.required
@@ -357,6 +370,47 @@ def test_a_wrong_step_is_found() -> None:
         step_cases._check(one, [right[0], wrong])
     with pytest.raises(AssertionError, match="loss"):
         step_cases._check(one, [right[0] * 1.01, right[1]])
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dora_runs_in_step_and_layer(dtype: torch.dtype) -> None:
+    """All contenders agree with their fp64 oracle, ours and PEFT's with that of DoRA."""
+    cases = [
+        dora_cases.dora_cases(CPU, [dtype], quick=False)[0],
+        dora_cases.dora_cases(CPU, [dtype], quick=True)[-1],
+    ]
+    assert [case.required for case in cases] == [True, False]
+    assert [case.targets for case in cases] == [dora_cases.TARGETS, {}]
+    for case in cases:
+        assert {case.group} == {"dora"}
+        assert [timing.contender for timing in timings_of(case)] == [
+            *("qlora NF4+DQ", "qlora LoRA NF4+DQ", "PEFT over bitsandbytes NF4+DQ")
+        ]
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_the_case_of_dora_is_that_of_lora_with_magnitudes() -> None:
+    """Same base, same batches, same first factors; a wrong gradient of the magnitudes alone is refused."""
+    case = dora_cases.dora_cases(CPU, [torch.float32], quick=False)[0]
+    one, (ours, plain, peer) = case.inputs(0), case.contenders
+    assert torch.equal(one.dora.batches, one.lora.batches)
+    own, other = adapters(one.dora.ours), adapters(one.lora.ours)
+    for name, (lora_a, lora_b, magnitude) in own.items():
+        assert magnitude.shape == lora_b.shape[:1]
+        assert all(map(torch.equal, (lora_a, lora_b), other[name]))
+        layers = (part.ours.get_submodule(name) for part in (one.dora, one.lora))
+        assert torch.equal(*(layer.packed for layer in layers))
+    exact = one.dora.exact().get_submodule(name)
+    torch.testing.assert_close(exact.row_squares, exact.weight.square().sum(1), rtol=0, atol=0)
+    assert exact.row_squares.dtype == torch.float64
+    result = ours.prepare(one)()
+    for contender, wrong in ((plain, result), (peer, plain.prepare(one)())):
+        with pytest.raises(AssertionError, match=r"loss|expected"):
+            contender.check(one, wrong)
+    result[3] = result[3] * 1.01
+    with pytest.raises(AssertionError, match="error"):
+        ours.check(one, result)
 
 
 def test_peft_is_trained_under_autocast_in_bf16_alone() -> None:
