@@ -36,13 +36,14 @@ def main() -> None:
         size, base = qlora.adapter_bytes(model, name)
         print(f"{name}: {size:,} bytes, {size / base:.2%} of the base")
 
-    def answer() -> str:
-        return generate(model, tokenizer, args.prompt, max_new_tokens=args.tokens)
-
-    qlora.combine_adapters(model, dict.fromkeys(names, 1 / len(names)), "mix")
-    for name in (*names, "mix", None):
+    try:
+        qlora.combine_adapters(model, dict.fromkeys(names, 1 / len(names)), "mix")
+    except ValueError as reason:  # of DoRA and of modules that are trained whole there is no sum
+        print(f"no mix: {reason}")
+    for name in (*qlora.adapter_names(model), None):
         with qlora.use_adapter(model, name):
-            print(f"\n{name or 'base'}: {answer()}")
+            answer = generate(model, tokenizer, args.prompt, max_new_tokens=args.tokens)
+        print(f"\n{name or 'base'}: {answer}")
 
     rows = [*names, None]  # one for each row of the batch; None is the base
     ids = tokenizer(args.prompt, return_tensors="pt").input_ids.to(device)

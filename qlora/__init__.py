@@ -2,6 +2,7 @@
 
 from qlora.adapter_files import adapter_bytes, load_adapter, save_adapter
 from qlora.adapters import (
+    active_adapters,
     adapter_names,
     add_adapter,
     combine_adapters,
@@ -16,9 +17,10 @@ from qlora.convert import quantize_model
 from qlora.functional import qlora_linear
 from qlora.kernels.user_formats import register_format
 from qlora.loraplus import loraplus_groups
-from qlora.merging import merge
+from qlora.merging import merge, requantize
 from qlora.modules import LoRALinear, QLoRALinear
 from qlora.paged import PagedAdamW
+from qlora.pretrained import load_quantized
 from qlora.quantized import QuantizedTensor, dequantize_4bit, quantize_4bit
 from qlora.report import QuantizationReport
 
@@ -29,6 +31,7 @@ __all__ = [
     "QLoRALinear",
     "QuantizationReport",
     "QuantizedTensor",
+    "active_adapters",
     "adapter_bytes",
     "adapter_names",
     "add_adapter",
@@ -38,12 +41,14 @@ __all__ = [
     "disable_adapters",
     "enable_adapters",
     "load_adapter",
+    "load_quantized",
     "loraplus_groups",
     "merge",
     "qlora_linear",
     "quantize_4bit",
     "quantize_model",
     "register_format",
+    "requantize",
     "save_adapter",
     "set_adapter",
     "use_adapter",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,7 +31,11 @@ _DATA = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0, 1 for a failed run, 2 for a mistake in the call."""
-    args = _parser().parse_args(arguments)
+    args, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        args.parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}{_meant(args.parser, unknown)}"
+        )
     try:
         with _plain_warnings():
             args.run(args)
@@ -71,6 +77,14 @@ def _fail(error: Exception, status: int, debug: bool) -> int:
         text += "; the command line needs the extra [hf]"
     print(f"qlora: {text} (--debug shows where)", file=sys.stderr)
     return status
+
+
+def _meant(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    """The flags that misspelt ones are close to, for the end of a message."""
+    flags = re.findall(r"--[a-z][a-z0-9-]*", parser.format_help())
+    words = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    close = [found for word in words for found in difflib.get_close_matches(word, flags, 1)]
+    return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -275,7 +289,7 @@ def _command(
         epilog=hints,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     return parser
 

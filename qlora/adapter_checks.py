@@ -8,9 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qlora.adapters import hosts, layer_shape, plain_name
+from qlora.adapters import hosts, layer_shape
+from qlora.model_parts import plain_name
 from qlora.peft_format import StoredAdapter, key_of
 from qlora.saved_modules import SavedModule
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Whether there is a base to compute with: one on the meta device would take the adapter in, and lose it."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model must have values; {name} is on the meta device: load the model's weights first"
+            )
 
 
 def check_layers(path: Path, model: nn.Module, stored: StoredAdapter) -> None:
@@ -45,7 +55,7 @@ def check_same(path: Path, model: nn.Module, stored: StoredAdapter, name: str) -
     own: dict[str, Mapping[str, Tensor]] = {}
     for where, host in hosts(model).items():
         if name in host.adapters:
-            own[where] = dict(host.adapters[name].named_parameters())
+            own[where] = host.adapters[name].state_dict()
     given = {**stored.layers, **stored.saved}
     _raise_mismatch(
         path,

@@ -18,30 +18,30 @@ import torch
 from torch import nn
 
 from qlora import files, peft_format
-from qlora.adapter import DEFAULT, Adapter
-from qlora.adapter_checks import check_brought, check_layers, check_same
-from qlora.adapter_settings import adapted_layers, adapter_settings, peft_config, saved_modules
+from qlora.adapter import DEFAULT, Adapter, Start
+from qlora.adapter_checks import check_brought, check_has_values, check_layers, check_same
+from qlora.adapter_settings import adapted_layers, adapter_config, saved_modules
 from qlora.adapters import (
     adapter_names,
+    as_lora_layer,
     check_new_name,
-    host_of,
     hosts,
     settle_new,
     sole_adapter,
 )
 from qlora.config import BASE_FIELDS, QLoRAConfig
 from qlora.experts import stack_sizes
-from qlora.fingerprint import base_fingerprint
-from qlora.kernels.user_formats import check_stored
+from qlora.fingerprint import base_fingerprint, common_base
+from qlora.kernels.user_formats import check_stored, stored_codebook
 from qlora.peft_format import CONFIG, WEIGHTS, StoredAdapter
-from qlora.saved_modules import wrap
+from qlora.saved_modules import as_saved_module
+from qlora.targets import pattern_name
 
 BASE_CONFIG = "qlora_config.json"
 
 _FINGERPRINT = "fingerprint"
-_BASE_FIELDS = (*BASE_FIELDS, "init", "init_iterations")
 _ADAPTER_FIELDS = {"init", "init_iterations", "dropout"}
-_OWN_FIELDS = {*_BASE_FIELDS, *_ADAPTER_FIELDS, _FINGERPRINT}
+_OWN_FIELDS = {*BASE_FIELDS, *_ADAPTER_FIELDS, _FINGERPRINT}
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
@@ -59,16 +59,20 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     """
     path, name = Path(path), sole_adapter(model, name)
     layers, saved = adapted_layers(model, name), saved_modules(model, name)
-    settings, stacks = adapter_settings(model, name), stack_sizes(model)
+    settings, stacks = adapter_config(model, name), stack_sizes(model)
     tensors = peft_format.tensors_to_write(
         {where: dict(layer.adapters[name].named_parameters()) for where, layer in layers.items()},
         {where: host.adapters[name].state_dict() for where, host in saved.items()},
         stacks,
     )
-    config = peft_config(model, settings, layers, stacks)
-    base = {field: settings[field] for field in (*_BASE_FIELDS, "codebook") if field in settings}
-    if config["lora_dropout"] != settings["dropout"]:
-        base["dropout"] = settings["dropout"]
+    config = peft_format.config_to_write(model, settings, layers, stacks)
+    base = common_base(layers)
+    if settings.init != "lora":
+        base |= {"init": settings.init, "init_iterations": settings.init_iterations}
+    if config["lora_dropout"] != settings.dropout:
+        base["dropout"] = settings.dropout
+    if (codebook := stored_codebook(settings.format)) is not None:
+        base["codebook"] = codebook
     files.write_tensors(path / WEIGHTS, tensors)
     files.write_json(path / CONFIG, config)
     files.write_json(path / BASE_CONFIG, base | {_FINGERPRINT: base_fingerprint(layers)})
@@ -89,6 +93,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = DEF
     path, known = Path(path), name in adapter_names(model)
     if not known:
         check_new_name(model, name)
+    check_has_values(model)
     base = _read_base(path)
     stored = peft_format.read(path, stack_sizes(model))
     stored = replace(stored, settings=_with_own(path, stored.settings, base, _ADAPTER_FIELDS))
@@ -111,7 +116,8 @@ def read_config(path: str | os.PathLike[str]) -> QLoRAConfig:
     path = Path(path)
     stored, base = peft_format.read(path), _read_base(path)
     targets = (*sorted(stored.layers), *stored.target_parameters) or None
-    settings = replace(stored.settings, target_modules=targets)
+    saved = tuple(sorted(stored.saved))  # PEFT's list has names that the model need not have
+    settings = replace(stored.settings, target_modules=targets, modules_to_save=saved)
     return _with_own(path, settings, base, _OWN_FIELDS - {_FINGERPRINT})
 
 
@@ -163,18 +169,17 @@ def _read_base(path: Path) -> dict[str, Any]:
 def _add(model: nn.Module, stored: StoredAdapter, name: str) -> None:
     settings, stacks = stored.settings, stack_sizes(model)
     for where, parts in stored.layers.items():
-        layer = host_of(model, where)
+        layer = as_lora_layer(model, where)
         tensors = {
             factor: value.to(layer.device, torch.float32, copy=True)
             for factor, value in parts.items()
         }
-        alpha = settings.alpha_of(peft_format.pattern_name(where, stacks))
+        alpha = settings.alpha_of(pattern_name(where, stacks))
         options = {"alpha": alpha, "rslora": settings.rslora, "dropout": settings.dropout}
-        adapter = Adapter(**tensors, **options)
-        adapter.init, adapter.init_iterations = settings.init, settings.init_iterations
-        layer.add(name, adapter)
+        start = Start(settings.init, settings.init_iterations)
+        layer.add(name, Adapter(**tensors, **options, start=start))
     for where, values in stored.saved.items():
-        wrap(model, where).add(name, values)
+        as_saved_module(model, where).add(name, values)
     settle_new(model, name)
 
 
@@ -184,9 +189,9 @@ def _fill(model: nn.Module, stored: StoredAdapter, name: str) -> None:
         adapter = found[where].adapters[name]
         for factor, value in parts.items():
             getattr(adapter, factor).copy_(value)
-        adapter.alpha = settings.alpha_of(peft_format.pattern_name(where, stacks))
-        adapter.rslora = settings.rslora
-        adapter.init, adapter.init_iterations = settings.init, settings.init_iterations
+        adapter.alpha = settings.alpha_of(pattern_name(where, stacks))
+        adapter.rslora, adapter.dropout = settings.rslora, settings.dropout
+        adapter.start = Start(settings.init, settings.init_iterations)
     for where, values in stored.saved.items():
         found[where].adapters[name].load_state_dict(values)
 

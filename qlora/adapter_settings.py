@@ -1,45 +1,46 @@
-"""What an adapter of a model is, in PEFT's terms: the fields that its files and its run depend on."""
+"""What an adapter of a model is: its layers, and its settings as a QLoRAConfig."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from qlora import peft_format
-from qlora.adapter import Adapter
-from qlora.adapters import hosts, plain_name, sole_adapter
+from qlora.adapter import Adapter, Start
+from qlora.adapters import hosts, sole_adapter
+from qlora.config import QLoRAConfig
 from qlora.experts import stack_sizes
 from qlora.fingerprint import common_base, same_settings
-from qlora.kernels.user_formats import stored_codebook
 from qlora.lora_layer import LoRALayer
-from qlora.peft_experts import stacked_names
+from qlora.peft_format import integral, patterns
 from qlora.saved_modules import SavedModule
 
 
-def adapter_settings(model: nn.Module, name: str | None = None) -> dict[str, Any]:
-    """All that an adapter's run and files depend on: its settings, by PEFT's way of putting them, and its base's."""
+def adapter_config(model: nn.Module, name: str | None = None) -> QLoRAConfig:
+    """The settings of an adapter, by default of the one in use, and of its base; its layers are named in full.
+
+    Raises:
+        ValueError: no such adapter, or its layers differ in what a config has one place for only.
+    """
     name = sole_adapter(model, name)
     layers, stacks = adapted_layers(model, name), stack_sizes(model)
     adapters = {where: layer.adapters[name] for where, layer in layers.items()}
     common = same_settings({where: _of_adapter(adapter) for where, adapter in adapters.items()})
-    init = same_settings(
-        {w: found for w, h in layers.items() if (found := _init(h, h.adapters[name]))}
-    )
-    base = common_base(layers)
-    codebook = stored_codebook(base["format"])
-    ranks = {where: adapter.rank for where, adapter in adapters.items()}
-    alphas = {where: peft_format.integral(adapter.alpha) for where, adapter in adapters.items()}
-    return {
-        **dict(zip(("rank", "rank_pattern"), peft_format.patterns(ranks, stacks), strict=True)),
-        **dict(zip(("alpha", "alpha_pattern"), peft_format.patterns(alphas, stacks), strict=True)),
+    rank, ranks = patterns({where: a.rank for where, a in adapters.items()}, stacks)
+    alpha, alphas = patterns({where: integral(a.alpha) for where, a in adapters.items()}, stacks)
+    start = _common_start(layers, name)
+    return QLoRAConfig(
+        rank=rank,
+        rank_pattern=ranks,
+        alpha=alpha,
+        alpha_pattern=alphas,
+        target_modules=tuple(layers),
+        modules_to_save=tuple(sorted(saved_modules(model, name))),
+        init=start.init,
+        init_iterations=start.iterations,
         **common,
-        "modules_to_save": sorted(saved_modules(model, name)),
-        **base,
-        **init,
-        **({} if codebook is None else {"codebook": codebook}),
-    }
+        **common_base(layers),
+    )
 
 
 def adapted_layers(model: nn.Module, name: str) -> dict[str, LoRALayer]:
@@ -54,11 +55,15 @@ def adapted_layers(model: nn.Module, name: str) -> dict[str, LoRALayer]:
         if isinstance(host, LoRALayer) and name in host.adapters
     }
     if not found:
-        raise ValueError(f"model must have an adapter {name!r} in a linear layer; it has none")
+        raise ValueError(
+            f"model must have an adapter {name!r} in a linear layer; it has none: add_adapter(model, config, "
+            f"{name!r}) adds one"
+        )
     return found
 
 
 def saved_modules(model: nn.Module, name: str) -> dict[str, SavedModule]:
+    """The modules that the adapter called `name` trains whole."""
     return {
         where: host
         for where, host in hosts(model).items()
@@ -66,72 +71,21 @@ def saved_modules(model: nn.Module, name: str) -> dict[str, SavedModule]:
     }
 
 
-def _init(layer: LoRALayer, adapter: Adapter) -> dict[str, Any]:
+def _common_start(layers: dict[str, LoRALayer], name: str) -> Start:
     """How the base was made, where that is not by quantizing alone; LoftQ in one iteration changes the adapter only."""
-    for started in (layer, adapter):
-        if started.init != "lora":
-            return {"init": started.init, "init_iterations": started.init_iterations}
-    return {}
+    found = {}
+    for where, layer in layers.items():
+        for start in (layer.start, layer.adapters[name].start):
+            if start != Start():
+                found.setdefault(where, {"init": start.init, "iterations": start.iterations})
+    return Start(**same_settings(found))
 
 
 def _of_adapter(adapter: Adapter) -> dict[str, Any]:
+    """Fields of QLoRAConfig in which all its layers must agree."""
     return {
         "rslora": adapter.rslora,
         "dora": adapter.magnitude is not None,
         "dropout": adapter.dropout,
-        "dtype": str(adapter.lora_a.dtype).removeprefix("torch."),
+        "adapter_dtype": str(adapter.lora_a.dtype).removeprefix("torch."),
     }
-
-
-def peft_config(
-    model: nn.Module,
-    settings: Mapping[str, Any],
-    layers: Mapping[str, LoRALayer],
-    stacks: Mapping[str, int],
-) -> dict[str, Any]:
-    stacked = stacked_names(layers, stacks)
-    if stacked and settings["dora"]:
-        raise ValueError(
-            f"dora must be False for experts ({stacked[0]}): PEFT's files have no place for it"
-        )
-    plain = [name for name in layers if not peft_format.is_expert(name, stacks)]
-    return {
-        "peft_type": "LORA",
-        "task_type": _task_type(model),
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "inference_mode": True,
-        "r": settings["rank"],
-        "rank_pattern": settings["rank_pattern"],
-        "lora_alpha": settings["alpha"],
-        "alpha_pattern": settings["alpha_pattern"],
-        "use_rslora": settings["rslora"],
-        "use_dora": settings["dora"],
-        "lora_dropout": 0.0
-        if stacked
-        else settings["dropout"],  # PEFT allows no other with experts
-        "target_modules": _target_modules(model, plain),
-        **({"target_parameters": stacked} if stacked else {}),
-        "modules_to_save": settings["modules_to_save"] or None,
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
-        "bias": "none",
-    }
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """What PEFT's AutoPeftModel... classes look for."""
-    if not hasattr(model, "prepare_inputs_for_generation"):
-        return None
-    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-
-
-def _target_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The last parts of the names (q_proj, ...) where these single out the layers, else all names."""
-    names = set(names)
-    last_parts = {_last_part(name) for name in names}
-    everything = (plain_name(name) for name, _ in model.named_modules())
-    matched = {name for name in everything if _last_part(name) in last_parts}
-    return sorted(last_parts if matched == names else names)
-
-
-def _last_part(name: str) -> str:
-    return name.rpartition(".")[2]

@@ -8,18 +8,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch import nn
 
 from qlora.adapter import Adapter, AdapterHost, check_name
 from qlora.config import MAX_RANK, QLoRAConfig
-from qlora.convert import check_no_experts, find_linears, saved_names
 from qlora.experts import stack_sizes
-from qlora.lora_layer import LoRALayer, is_conv1d, weight_shape
+from qlora.lora_layer import LoRALayer
+from qlora.model_parts import is_conv1d, plain_name, replace_module, weight_shape
 from qlora.modules import LoRALinear
-from qlora.saved_modules import SavedModule, wrap
-from qlora.targets import choose_layers
+from qlora.saved_modules import SavedModule, as_saved_module
+from qlora.targets import (
+    check_no_experts,
+    choose_layers,
+    find_linears,
+    is_expert,
+    pattern_name,
+    saved_names,
+)
 
 Selection = str | Mapping[str, float] | None
 
@@ -86,15 +94,14 @@ def set_adapter(model: nn.Module, adapter: Selection) -> None:
     """
     weights = _weights(model, adapter)
     for host in hosts(model).values():
-        host.select(weights)
-        host.adapter_enabled = True
-        for name, module in host.adapters.items():
-            module.requires_grad_(name in weights)
+        host.choose(weights)
 
 
 @contextmanager
 def use_adapter(model: nn.Module, adapter: Selection | Sequence[str | None]) -> Iterator[None]:
     """Use an adapter within a `with` block; backward too belongs inside where gradient checkpointing is on.
+
+    Afterwards all is as before: a `set_adapter` within holds no longer than the block.
 
     Args:
         model, adapter: as for `set_adapter`; or a sequence with an adapter's name, or None for the base, for
@@ -126,20 +133,26 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def enable_adapters(model: nn.Module, enabled: bool = True) -> None:
-    """Switch the model's adapters on, or off: then it answers as its base alone."""
+    """Switch the model's adapters on, or off: then it answers as its base alone.
+
+    It holds until it is called again, or `set_adapter` is, which switches them on; `disable_adapters` holds for a
+    `with` block. Either leaves what is selected, and what is trainable, as it is.
+    """
     for host in hosts(model).values():
         host.adapter_enabled = enabled
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[list[AdapterHost]]:
-    """Afterwards all is in use that was before, as far as it is still there."""
+    """Afterwards all is in use that was before, as far as it is still there; a set_adapter within is undone."""
     found = list(hosts(model).values())
-    before = [(host.active, host.rows, host.adapter_enabled) for host in found]
+    before = [(host.active, host.rows, host.adapter_enabled, host.chosen) for host in found]
     try:
         yield found
     finally:
-        for host, (active, rows, enabled) in zip(found, before, strict=True):
+        for host, (active, rows, enabled, chosen) in zip(found, before, strict=True):
+            if host.chosen is not chosen:
+                host.choose(chosen)
             host.select(active, rows)
             host.adapter_enabled = enabled
 
@@ -147,9 +160,16 @@ def _restored(model: nn.Module) -> Iterator[list[AdapterHost]]:
 def _weights(model: nn.Module, adapter: Selection) -> dict[str, float]:
     if adapter is None:
         return {}
+    if not isinstance(adapter, (str, Mapping)):
+        raise TypeError(
+            f"adapter must be a name, a mapping from names to weights, or None; got {adapter!r}"
+            " (for rows use use_adapter)"
+        )
     weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
     _check_known(model, weights)
     for name, weight in weights.items():
+        if not isinstance(weight, Real) or isinstance(weight, bool):
+            raise TypeError(f"the weight of adapter {name!r} must be a number; got {weight!r}")
         if not math.isfinite(weight):
             raise ValueError(f"the weight of adapter {name!r} must be finite; got {weight}")
     if list(weights.values()) != [1.0] * min(len(weights), 1):
@@ -203,6 +223,8 @@ def add_adapter(model: nn.Module, config: QLoRAConfig, name: str) -> None:
             the base.
     """
     check_new_name(model, name)
+    if config.target_modules is None:
+        raise ValueError("target_modules must name the layers of the new adapter; got None")
     if config.init != "lora":
         raise ValueError(
             f"init must be 'lora' on a base that is quantized already; got {config.init!r}"
@@ -211,14 +233,15 @@ def add_adapter(model: nn.Module, config: QLoRAConfig, name: str) -> None:
     linears, heads, _ = find_linears(model, saved)
     layers = {n: host for n, host in hosts(model).items() if isinstance(host, LoRALayer)}
     chosen = choose_layers(config.target_modules, layers, [*linears, *heads])
+    stacks = stack_sizes(model)
     if config.dora:
-        stacks = stack_sizes(model)
-        check_no_experts(layer for layer in chosen if layer.rpartition(".")[0] in stacks)
+        check_no_experts(layer for layer in chosen if is_expert(layer, stacks))
     for layer in chosen:
-        host = host_of(model, layer)
-        host.add(name, host.new_adapter(config, layer), fresh=True)
+        host = as_lora_layer(model, layer)
+        if name not in host.adapters:  # one in two places
+            host.add(name, host.new_adapter(config, pattern_name(layer, stacks)), fresh=True)
     for module in saved:
-        wrap(model, module).add(name, dtype=config.adapter_torch_dtype)
+        as_saved_module(model, module).add(name, dtype=config.adapter_torch_dtype)
     settle_new(model, name)
 
 
@@ -231,7 +254,7 @@ def check_new_name(model: nn.Module, name: str) -> None:
         )
 
 
-def host_of(model: nn.Module, name: str) -> LoRALayer:
+def as_lora_layer(model: nn.Module, name: str) -> LoRALayer:
     """The layer called `name`; a plain linear one is wrapped, its weight stays dense.
 
     Raises:
@@ -246,8 +269,7 @@ def host_of(model: nn.Module, name: str) -> LoRALayer:
         raise ValueError(f"{name} is a {type(module).__name__}; adapters are for linear layers")
     layer = LoRALinear(module).train(module.training)
     module.requires_grad_(False)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+    replace_module(model, module, layer)
     return layer
 
 
@@ -256,6 +278,10 @@ def layer_shape(model: nn.Module, name: str) -> tuple[int, int] | None:
     try:
         module = model.get_submodule(name)
     except AttributeError:
+        return None
+    parts = name.split(".")
+    parents = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+    if any(isinstance(parent, SavedModule) for parent in parents):
         return None
     if isinstance(module, LoRALayer):
         return module.out_features, module.in_features
@@ -291,6 +317,8 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
         ValueError: as `set_adapter`; or there is an adapter called `name`.
     """
     check_new_name(model, name)
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be a mapping from names to weights; got {weights!r}")
     weights = _weights(model, weights)
     if not weights:
         raise ValueError("weights must name at least one adapter; got none")
@@ -319,8 +347,3 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
         if own in host.adapters
         for parameter, value in host.adapters[own].named_parameters()
     }
-
-
-def plain_name(name: str) -> str:
-    """The name of a module or parameter without what `torch.compile` adds to it."""
-    return name.replace("_orig_mod.", "")

@@ -16,23 +16,29 @@ from torch import Tensor, nn
 
 from qlora import bnb_format, files, quantized_folder
 from qlora.config import QLoRAConfig
-from qlora.convert import find_linears, quantize_model
+from qlora.convert import quantize_model
 from qlora.experts import QLoRAExperts
 from qlora.folder_config import read_config
 from qlora.loading import Convert, in_4_bits, load_and_quantize, open_folder, skeleton
-from qlora.lora_layer import LoRALayer, is_conv1d
+from qlora.lora_layer import LoRALayer
+from qlora.model_parts import is_conv1d
 from qlora.modules import QLoRALinear
 from qlora.placing import base_tensors
-from qlora.quantized import QuantizedTensor
+from qlora.quantized import QuantizedTensor, dtype_name
 from qlora.report import QuantizationReport
 from qlora.shards import Entry, Shards
+from qlora.targets import find_linears
 from qlora.tensor_names import NotStreamable, stays_dense
 
 METHOD = "bitsandbytes"
 STEM = "model"  # of the files, as of a dense model's
+_WRAPPERS = (
+    "base_model.model.",
+    "module.",
+)  # what PEFT's and torch's put before the names of tensors
 
 
-class Weights:
+class BnbShards:
     """The tensors of such a folder, of which those of a weight in 4 bits are read as one.
 
     Attributes:
@@ -92,7 +98,7 @@ def read_base(folder: Path) -> dict[str, Any]:
     """The fields of QLoRAConfig that say how the base is quantized, as the first weight in the files is.
 
     Raises:
-        ValueError, FileNotFoundError: as `Weights`; or config.json says 8 bits.
+        ValueError, FileNotFoundError: as `BnbShards`; or config.json says 8 bits.
     """
     path = folder / "config.json"
     given = files.read_json(path)["quantization_config"]
@@ -101,12 +107,9 @@ def read_base(folder: Path) -> dict[str, Any]:
             f"{path}: the model is in 8 bits (LLM.int8), which is not supported; "
             "load a 16-bit or a 4-bit model"
         )
-    weights = Weights(folder)
+    weights = BnbShards(folder)
     first = next(key for key, entry in weights.entries.items() if entry.in_4_bits)
-    weight = weights.read(first)
-    base = {"format": weight.format, "blocksize": weight.blocksize}
-    base["double_quant"] = bool(weight.scale_format)
-    return base | ({"scale_format": weight.scale_format} if weight.scale_format else {})
+    return weights.read(first).settings
 
 
 def load_folder(
@@ -122,8 +125,14 @@ def load_folder(
             as it reads them; the message names what.
     """
     try:
-        return load_and_quantize(folder, convert, device, dtype, Weights)
+        return load_and_quantize(folder, convert, device, dtype, BnbShards)
     except NotStreamable as reason:
+        for key, entry in Shards(folder, STEM).entries.items():
+            if key.startswith(_WRAPPERS):
+                raise ValueError(
+                    f"{entry.file}: {key} has the prefix of what the model was wrapped in (PEFT, DataParallel, ...); "
+                    "save the model inside, or rename the tensors"
+                ) from reason
         raise ValueError(
             f"{folder}: {reason}, which is not supported in the layout of {METHOD}; "
             "quantize the 16-bit model that it was made of"
@@ -213,7 +222,7 @@ def save(model: nn.Module, source: Path, folder: Path, storage: torch.dtype = to
             )
     layer = next(iter(quantized.values()))
     described = _describe(layer.weight, model.config.dtype, storage, skipped)
-    quantized_folder.write(folder, STEM, state_dict(model, storage), source, described)
+    quantized_folder.write(folder, STEM, state_dict(model, storage), model, source, described)
     _check_written(folder, source)
 
 
@@ -224,8 +233,8 @@ def _describe(
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": str(storage).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": dtype_name(dtype),
+        "bnb_4bit_quant_storage": dtype_name(storage),
         "bnb_4bit_quant_type": weight.format,
         "bnb_4bit_use_double_quant": bool(weight.scale_format),
         "llm_int8_enable_fp32_cpu_offload": False,
@@ -242,7 +251,7 @@ def _check_written(folder: Path, source: Path) -> None:
     """Refuse what `load_folder` would refuse, as far as the files' headers show."""
     try:
         base = read_base(folder)
-        model, weights, places = open_folder(folder, Weights)
+        model, weights, places = open_folder(folder, BnbShards)
         quantize_model(
             model, QLoRAConfig(target_modules=None, **base), in_4_bits(model, weights, places)
         )

@@ -26,17 +26,14 @@ import torch
 from torch import Tensor
 
 from qlora.kernels import formats
-from qlora.quantized import QuantizedTensor
+from qlora.quantized import QuantizedTensor, dtype_name
 
 TYPES = ("nf4", "fp4")
 SCALES = "dynamic8"  # the one data type of double-quantized scales that bitsandbytes has
 STATE = "quant_state.bitsandbytes__"
 STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float16, torch.bfloat16)
-}
+DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 _PARTS = ("absmax", "quant_map")
 _NESTED_PARTS = ("nested_absmax", "nested_quant_map")
 _FIELDS = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
@@ -78,7 +75,7 @@ def to_bitsandbytes(
     state: dict[str, Any] = {
         "quant_type": quantized.format,
         "blocksize": quantized.blocksize,
-        "dtype": str(quantized.dtype).removeprefix("torch."),
+        "dtype": dtype_name(quantized.dtype),
         "shape": list(quantized.shape),
     }
     parts = {
@@ -146,16 +143,19 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str = "weight") -> Qu
         _check(f"{name}.nested_absmax", parts["nested_absmax"], torch.float32, (groups,))
         scales = formats.scale_codebook(SCALES, _CPU)
         _check_values(f"{name}.nested_quant_map", parts["nested_quant_map"], scales)
+    floating = "nested_absmax" if nested else "absmax"
+    if not torch.isfinite(parts[floating]).all():
+        raise ValueError(f"{name}.{floating}: must be finite; it has NaN or infinity")
     return QuantizedTensor(
-        _packed(name, tensors[name], math.prod(shape)),
-        parts["absmax"],
-        parts["nested_absmax"] if nested else None,
-        _offset(state, tensors[name].device) if nested else None,
-        state["quant_type"],
-        blocksize,
-        SCALES if nested else "",
-        torch.Size(shape),
-        DTYPES[state["dtype"]],
+        packed=_packed(name, tensors[name], math.prod(shape)),
+        absmax=parts["absmax"],
+        nested_absmax=parts["nested_absmax"] if nested else None,
+        nested_offset=_offset(state, tensors[name].device) if nested else None,
+        format=state["quant_type"],
+        blocksize=blocksize,
+        scale_format=SCALES if nested else "",
+        shape=torch.Size(shape),
+        dtype=DTYPES[state["dtype"]],
     )
 
 

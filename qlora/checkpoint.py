@@ -19,7 +19,8 @@ import torch
 
 from qlora import files
 from qlora.adapter_files import load_adapter, save_adapter
-from qlora.adapters import plain_name, sole_adapter
+from qlora.adapters import sole_adapter
+from qlora.model_parts import plain_name
 
 MANIFEST = "checkpoint.json"
 OPTIMIZER = "optimizer.safetensors"

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class QLoRAConfig:
             "loftq" those of the quantization error (Li et al. 2023).
         init_iterations: how often "pissa" and "loftq" quantize and decompose in turn, 1 to 100.
         rank_pattern, alpha_pattern: other ranks and alphas for some layers, by regular expressions that match
-            the end of a layer's name as in `target_modules`; the first that matches counts.
+            a layer's name or the end of it after a dot ("^" in front asks for the whole name); the first that
+            matches counts. Experts go by the name of their list, "experts.down_proj": they have one rank.
         modules_to_save: modules, by name as above, that are trained whole and saved with the adapter, as
             "lm_head" or a new "score" (PEFT's name for it).
 
@@ -64,7 +66,7 @@ class QLoRAConfig:
     rank: int = 64
     alpha: float = 16
     dropout: float = 0.0
-    target_modules: str | Sequence[str] | None = ALL_LINEAR
+    target_modules: str | Sequence[str] | None = field(default=ALL_LINEAR, hash=False)
     format: str | None = "nf4"
     blocksize: int = 64
     double_quant: bool = True
@@ -74,9 +76,9 @@ class QLoRAConfig:
     dora: bool = False
     init: str = "lora"
     init_iterations: int = 1
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    modules_to_save: Sequence[str] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    modules_to_save: Sequence[str] = field(default=(), hash=False)
 
     def __post_init__(self) -> None:
         kinds = {
@@ -89,6 +91,7 @@ class QLoRAConfig:
                     raise TypeError(f"{name} must be of type {kind.__name__}; got {got!r}")
         _check_rank("rank", self.rank)
         _check_alpha("alpha", self.alpha)
+        _check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1; got {self.dropout}")
         self._check_patterns()
@@ -121,6 +124,7 @@ class QLoRAConfig:
             raise TypeError(
                 f"target_modules must be a string, a sequence of names or None; got {self.target_modules!r}"
             )
+        _check_strings("target_modules", self.target_modules)
         if self.target_modules is not None and not self.target_modules:
             raise ValueError(
                 f"target_modules must name at least one layer; got {self.target_modules!r}"
@@ -128,6 +132,12 @@ class QLoRAConfig:
         names = self.modules_to_save
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(f"modules_to_save must be a sequence of names; got {names!r}")
+        _check_strings("modules_to_save", names)
+        if self.target_modules is None and names:
+            raise ValueError(
+                f"modules_to_save must be empty where target_modules is None, as there is no adapter to save "
+                f"them with; got {names!r}"
+            )
 
     def _check_base(self) -> None:
         if self.format is not None:
@@ -143,10 +153,10 @@ class QLoRAConfig:
     @property
     def scaling(self) -> float:
         """The factor of the adapter's output, alpha / rank (LoRA, section 4.1), where no pattern matches."""
-        return self._scaling(self.rank, self.alpha)
+        return scaling_of(self.rank, self.alpha, self.rslora)
 
     def rank_of(self, name: str) -> int:
-        """The rank in the layer called `name`."""
+        """The rank in the layer called `name`, of an expert the name of its list."""
         return _first_match(self.rank_pattern, name, self.rank)
 
     def alpha_of(self, name: str) -> float:
@@ -156,21 +166,26 @@ class QLoRAConfig:
     def rank_and_scaling(self, name: str) -> tuple[int, float]:
         """Of the layer called `name`."""
         rank = self.rank_of(name)
-        return rank, self._scaling(rank, self.alpha_of(name))
+        return rank, scaling_of(rank, self.alpha_of(name), self.rslora)
 
-    def _scaling(self, rank: int, alpha: float) -> float:
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+def scaling_of(rank: int, alpha: float, rslora: bool) -> float:
+    """alpha / r (LoRA, section 4.1), or alpha / sqrt(r) (Kalajdzievski 2023, theorem 3.2)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a name, after a dot: PEFT's rule.
-
-    A number at the end is passed over: all experts of a list are meant by its name.
-    """
+    """The value of the first pattern that matches the end of a name, after a dot: PEFT's rule."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})(\.\d+)?$", name):
+        if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
+
+
+def _check_strings(name: str, values: Sequence[str] | None) -> None:
+    for value in values or ():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must hold names, which are strings; got {value!r}")
 
 
 def _check_rank(name: str, rank: Any) -> None:
@@ -179,8 +194,14 @@ def _check_rank(name: str, rank: Any) -> None:
 
 
 def _check_alpha(name: str, alpha: Any) -> None:
+    _check_number(name, alpha)
     if not 0 < alpha < math.inf:
         raise ValueError(f"{name} must be positive and finite; got {alpha!r}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora.adapter import DEFAULT, AdapterHost
 from qlora.config import QLoRAConfig
-from qlora.experts import ExpertLinear, expert_linears, is_experts, place_experts, with_siblings
-from qlora.lora_layer import LoRALayer, is_conv1d
+from qlora.experts import ExpertLinear, is_experts, place_experts, with_siblings
+from qlora.lora_layer import LoRALayer
+from qlora.model_parts import is_conv1d
 from qlora.modules import LoRALinear, QLoRALinear
 from qlora.quantized import QuantizedTensor
 from qlora.report import QuantizationReport, model_bytes, report
-from qlora.saved_modules import wrap
-from qlora.targets import choose_by_end, choose_layers
+from qlora.saved_modules import as_saved_module
+from qlora.targets import check_no_experts, choose_layers, find_linears, saved_names
 
 
 def quantize_model(
@@ -62,20 +63,11 @@ def quantize_model(
     model.requires_grad_(False)
     place_experts(model, replacements)
     for name, layer in replacements.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    save_modules(model, saved, config.adapter_torch_dtype)
+        model.set_submodule(name, layer)
+    _train_whole(model, saved, config.adapter_torch_dtype)
     _avoid_fast_paths(model)
     left_alone = [name for name in [*linears, *left_alone] if name not in replacements]
     return report(model, replacements, left_alone, bytes_before)
-
-
-def check_no_experts(names: Iterable[str]) -> None:
-    """Refuse DoRA on experts before it is trained: an adapter's files have no place for it."""
-    for name in names:
-        raise ValueError(
-            f"dora must be False where experts get an adapter ({name}); name other target_modules"
-        )
 
 
 def _to_quantize(
@@ -93,64 +85,12 @@ def _to_quantize(
     return frozenset(layers)
 
 
-def saved_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
-    """The full names of the modules that are trained as a whole."""
-    names = (name for name, _ in model.named_modules())
-    return choose_by_end("modules_to_save", modules_to_save, names)
-
-
-def save_modules(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
+def _train_whole(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
     """Give the new adapter a copy of its own of each of these modules."""
     for name in names:
-        module = wrap(model, name)
+        module = as_saved_module(model, name)
         module.add(DEFAULT, dtype=dtype)
-        module.select({DEFAULT: 1.0})
-
-
-def find_linears(
-    model: nn.Module, saved: Sequence[str] = ()
-) -> tuple[dict[str, nn.Module], dict[str, nn.Module], list[str]]:
-    """The linear layers of a model by name; a module in two places comes twice.
-
-    Args:
-        saved: names of modules that are trained whole, and so left alone.
-
-    Returns:
-        Those to quantize, those to adapt only where named (output embeddings, weights tied to one), and the names
-        of the latter and of all others that are left alone.
-    """
-    kept_weights = {id(weight) for weight in _embedding_weights(model)}
-    linears, heads, left_alone = {}, {}, []
-    experts: dict[nn.Module, dict[str, nn.Module]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if is_experts(module) and not _within(name, saved):
-            layers = experts.setdefault(module, expert_linears(module))
-            linears |= {f"{name}.{layer}": linear for layer, linear in layers.items()}
-        if not isinstance(module, nn.Linear) and not is_conv1d(module):
-            continue
-        plain = type(module) is nn.Linear or is_conv1d(module)
-        if _within(name, saved) or not plain:
-            left_alone.append(name)
-        elif id(module.weight) in kept_weights:
-            left_alone.append(name)
-            heads[name] = module
-        else:
-            linears[name] = module
-    return linears, heads, left_alone
-
-
-def _within(name: str, wholes: Sequence[str]) -> bool:
-    return any(f"{name}.".startswith(f"{whole}.") for whole in wholes)
-
-
-def _embedding_weights(model: nn.Module) -> Iterator[Tensor]:
-    """The weights of input embeddings, and of the output embeddings of every transformers model inside."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            yield module.weight
-        head = getattr(module, "get_output_embeddings", lambda: None)()
-        if isinstance(head, nn.Module):  # a ModuleList where a model has several heads
-            yield from (part.weight for part in head.modules() if hasattr(part, "weight"))
+        module.choose({DEFAULT: 1.0})
 
 
 def _replacements(
@@ -166,12 +106,14 @@ def _replacements(
             continue
         weight_key = id(linear.weight), is_conv1d(linear)
         if id(linear) not in by_module:
+            pattern_name = name.rpartition(".")[0] if isinstance(linear, ExpertLinear) else name
+            options = {"adapter": name in adapted, "name": pattern_name}
             try:
                 if name not in in_4bit:
-                    layer = LoRALinear.from_linear(linear, config, name in adapted, name)
+                    layer = LoRALinear.from_linear(linear, config, **options)
                 else:
                     known = by_weight.get(weight_key) if config.init == "lora" else None
-                    layer = QLoRALinear.from_linear(linear, config, name in adapted, known, name)
+                    layer = QLoRALinear.from_linear(linear, config, quantized=known, **options)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
             by_module[id(linear)] = layer.train(linear.training)

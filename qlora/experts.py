@@ -16,6 +16,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from qlora.model_parts import plain_name
+
 # Whose decorator says what a module of experts computes.
 _TRANSFORMERS = "transformers.integrations.moe"
 
@@ -110,7 +112,7 @@ class QLoRAExperts(nn.Module):
         before = [(layer, layer.active, layer.rows) for layer in self._layers()]
         try:
             for layer, _, _ in before:
-                layer.select({} if name is None else {name: 1.0})
+                layer.active, layer.rows = ({name: 1.0} if name in layer.adapters else {}), None
             yield
         finally:
             for layer, active, rows in before:
@@ -144,7 +146,7 @@ class QLoRAExperts(nn.Module):
 
     def split(self, name: str, stacked: Tensor) -> dict[str, Tensor]:
         """The parts of a stacked parameter or bias of transformers' module, by their names in this one."""
-        return _split(self._original[0], name, stacked)
+        return split_stacked(self._original[0], name, stacked)
 
     @property
     def is_dense(self) -> bool:
@@ -205,7 +207,7 @@ def expert_linears(experts: nn.Module) -> dict[str, ExpertLinear]:
     linears = {}
     parts: dict[str, Tensor] = {}
     for name, parameter in experts.named_parameters():
-        parts |= _split(experts, name, parameter.detach())
+        parts |= split_stacked(experts, name, parameter.detach())
     for projection in projections(experts):
         for i in range(experts.num_experts):
             name = f"{projection}.{i}"
@@ -231,8 +233,7 @@ def place_experts(model: nn.Module, layers: Iterable[str]) -> None:
         if name in modules and is_experts(module):
             if module not in placed:
                 placed[module] = QLoRAExperts(module)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, placed[module])
+            model.set_submodule(name, placed[module])
 
 
 def restore_experts(model: nn.Module) -> nn.Module:
@@ -242,15 +243,14 @@ def restore_experts(model: nn.Module) -> nn.Module:
         if isinstance(module, QLoRAExperts) and module.is_dense:
             if module not in dense:
                 dense[module] = module.to_dense()
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, dense[module])
+            model.set_submodule(name, dense[module])
     return model
 
 
 def stack_sizes(model: nn.Module) -> dict[str, int]:
     """How many experts there are, by the name of the stack: `model.layers.0.mlp.experts.gate_up_proj`."""
     return {
-        f"{name}.{projection}": module.num_experts
+        plain_name(f"{name}.{projection}"): module.num_experts
         for name, module in model.named_modules()
         if isinstance(module, QLoRAExperts)
         for projection in module.projections
@@ -272,7 +272,8 @@ def _counts(chosen: Tensor, num_experts: int) -> list[int]:
     return [end - start for start, end in pairwise(bounds)]
 
 
-def _split(experts: nn.Module, name: str, stacked: Tensor) -> dict[str, Tensor]:
+def split_stacked(experts: nn.Module, name: str, stacked: Tensor) -> dict[str, Tensor]:
+    """The parts of a stacked parameter or bias of a module that `is_experts`, by their names in `QLoRAExperts`."""
     projection = name.removesuffix("_bias")
     if name != projection:
         return {f"{projection}.{i}.bias": part for i, part in enumerate(stacked.unbind())}

@@ -16,12 +16,7 @@ _SAMPLES = 1 << 16  # of a layer's weight
 
 def base_settings(layer: LoRALayer) -> dict[str, Any]:
     """Fields of QLoRAConfig that say what the layer's base is."""
-    if not isinstance(layer, QLoRALinear):
-        return {"format": None}
-    settings: dict[str, Any] = {"format": layer.format, "blocksize": layer.blocksize}
-    if layer.scale_format:
-        return settings | {"double_quant": True, "scale_format": layer.scale_format}
-    return settings | {"double_quant": False}
+    return layer.weight.settings if isinstance(layer, QLoRALinear) else {"format": None}
 
 
 def common_base(layers: Mapping[str, LoRALayer]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -129,6 +130,13 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
     if castable and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
+
+
+def without_autocast(kind: str) -> AbstractContextManager[None]:
+    """Within the block, matrices on a kind of device are multiplied in their own dtype."""
+    if torch.amp.is_autocast_available(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def _check_arguments(

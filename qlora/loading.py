@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from qlora.folder_config import check_causal, first_line, read_config, read_generation_config
-from qlora.lora_layer import is_conv1d
+from qlora.model_parts import is_conv1d
 from qlora.placing import put, settle_adapters, start_adapters
 from qlora.progress import Progress
 from qlora.report import QuantizationReport

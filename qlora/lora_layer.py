@@ -10,30 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora.adapter import Adapter, AdapterHost
+from qlora.adapter import Adapter, AdapterHost, Start
 from qlora.config import QLoRAConfig
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is the layer of GPT-2 that transformers calls Conv1D: a linear with weight [k, n]."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def weight_shape(linear: nn.Module) -> torch.Size:
-    """(n, k) of a linear layer, whichever way its weight lies."""
-    return linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
+from qlora.functional import without_autocast
+from qlora.model_parts import is_conv1d, weight_shape
 
 
 class LoRALayer(AdapterHost):
-    """What both linear layers share: their adapters, and how these are added, reset and merged.
+    """What both linear layers share: their adapters, and how these are added and merged.
 
     Attributes:
         in_features, out_features: k and n.
         fan_in_fan_out: the layer replaced a Conv1D, whose weight is [k, n].
         bias: [n], frozen, or None.
         row_squares: fp32 [n], the squared length of each row of the base weight; None unless it has a DoRA adapter.
-        init, init_iterations: how the base was changed for its first adapter, see QLoRAConfig.
+        start: that of the adapter which the base was changed for, if it was; the adapter may be gone.
     """
 
     bias: nn.Parameter | None
@@ -49,12 +40,17 @@ class LoRALayer(AdapterHost):
         )
         self.register_parameter("bias", bias)
         self.register_buffer("row_squares", None)
-        self.init, self.init_iterations = "lora", 1
+        self.start = Start()
 
     # --- The adapters -----------------------------------------------------------------------------
 
-    def new_adapter(self, config: QLoRAConfig, name: str = "") -> Adapter:
-        """A fresh adapter for this layer, which the model calls `name`; not yet one of its adapters."""
+    def new_adapter(
+        self, config: QLoRAConfig, name: str = "", factors: tuple[Tensor, Tensor] | None = None
+    ) -> Adapter:
+        """A fresh adapter for this layer, which the model calls `name`; not yet one of its adapters.
+
+        It starts at random, or from the factors A and B that `config.init` gave.
+        """
         rank = config.rank_of(name)
         factory = {"device": self.device, "dtype": config.adapter_torch_dtype}
         adapter = Adapter(
@@ -64,8 +60,11 @@ class LoRALayer(AdapterHost):
             alpha=config.alpha_of(name),
             rslora=config.rslora,
             dropout=config.dropout,
+            start=Start() if factors is None else Start(config.init, config.init_iterations),
         )
         adapter.reset()
+        if factors is not None:
+            adapter.fill(*factors)
         return adapter
 
     def add(self, name: str, adapter: Adapter, fresh: bool = False) -> None:
@@ -84,12 +83,6 @@ class LoRALayer(AdapterHost):
         self.adapters[name] = adapter
         self.base_changed()
         if fresh:
-            self.reset_magnitude(name)
-
-    def reset_adapter(self) -> None:
-        """Start the active adapter anew: A random, B zero, so that the layer equals its base."""
-        for name in self.active:
-            self.adapters[name].reset()
             self.reset_magnitude(name)
 
     @torch.no_grad()
@@ -200,6 +193,7 @@ class LoRALayer(AdapterHost):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., k] to [..., n]: x W^T + bias + scaling * dropout(x) A^T B^T, for the adapters in use."""
+        self._check_recomputed()
         if not self.adapter_enabled:
             return self._linear(x, self.bias)
         if self.rows is not None:
@@ -266,7 +260,8 @@ class LoRALayer(AdapterHost):
         products = self._linear(lora_a.to(dtype), None).to(wide)  # [r, n]
         lora_a, lora_b = lora_a.to(wide), lora_b.to(wide)
         crossed = 2 * (products.mT * lora_b).sum(1)
-        added = adapter.scaling * ((lora_b @ (lora_a @ lora_a.mT)) * lora_b).sum(1)
+        with without_autocast(lora_a.device.type):  # it would take matrices in bf16
+            added = adapter.scaling * ((lora_b @ (lora_a @ lora_a.mT)) * lora_b).sum(1)
         return (self.row_squares + adapter.scaling * (crossed + added)).clamp_min(0).sqrt()
 
     # --- As a module ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -22,17 +23,19 @@ def loraplus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[di
         Two groups with "params", "lr" and "lr_ratio", which is 1 and `ratio`; a group without parameters is left out.
 
     Raises:
-        ValueError: nothing is trainable, or `ratio` is below 1.
+        ValueError: nothing is trainable, or `ratio` is below 1 or not finite.
     """
-    if not ratio >= 1:
-        raise ValueError(f"ratio must be at least 1; got {ratio}")
+    if not 1 <= ratio < math.inf:
+        raise ValueError(f"ratio must be at least 1 and finite; got {ratio}")
     groups = {1.0: [], float(ratio): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_b = name.rpartition(".")[2] == "lora_b"
             groups[float(ratio) if is_b else 1.0].append(parameter)
     if not any(groups.values()):
-        raise ValueError("model must have adapters to train: call quantize_model(model) first")
+        raise ValueError(
+            "model must have adapters to train: call quantize_model(model) first, or set_adapter(model, name)"
+        )
     return [
         {"params": parameters, "lr": lr * own, "lr_ratio": own}
         for own, parameters in groups.items()

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qlora.adapter import AdapterHost
-from qlora.adapters import plain_name
+from qlora.adapter import AdapterHost, Start
 from qlora.experts import restore_experts
 from qlora.lora_layer import LoRALayer
+from qlora.model_parts import plain_name, rename_ties
 from qlora.modules import QLoRALinear
 from qlora.quantized import QuantizedTensor, dequantize_4bit, quantize_4bit
 from qlora.saved_modules import SavedModule
@@ -50,15 +50,17 @@ def merge(
         The model, or the dense layer where the model itself is such a layer.
 
     Raises:
-        ValueError: there is nothing to merge, or `onto` does not fit by its layers or their shapes (nothing is changed
-            then); or a layer of it has other weights, or a merged weight is not finite in its dtype.
+        ValueError: there is nothing to merge, or `onto` does not fit by its layers, their shapes or, if it is in
+            memory, their weights (nothing is changed then); or a layer of a folder has other weights, or a merged
+            weight is not finite in its dtype: the model may be partly merged by then, of which the message tells,
+            and must be loaded again.
     """
     layers = _layers(model)
     source = None if onto is None else _original(onto, layers)
 
     def dense(name: str, layer: LoRALayer) -> nn.Module:
-        base = None if source is None else _read(name, layer, source)
-        return _dense(name, layer, layer.merged_weight(base), dtype or layer.base_dtype)
+        _, exact = _base_and_sum(name, layer, source)
+        return _dense(name, layer, exact, dtype or layer.base_dtype)
 
     return restore_experts(_replace(model, dense, dtype))
 
@@ -111,21 +113,21 @@ def requantize(
     done: list[Requantized] = []
 
     def again(name: str, layer: LoRALayer) -> nn.Module:
-        base = None if source is None else _read(name, layer, source)
-        exact = layer.merged_weight(base)
+        base, exact = _base_and_sum(name, layer, source)
         if not isinstance(layer, QLoRALinear):
             return _dense(name, layer, exact, dtype or layer.base_dtype)
         if layer.active:
-            quantized = _quantize_as(layer, exact)
+            quantized = quantize_4bit(exact, **layer.weight.settings)
             done.append(_compare(name, exact, base, layer.base_weight(), quantized))
         else:  # as it was, to the last bit
             quantized = layer.weight
         for adapter in list(layer.adapters):
             layer.remove(adapter)
+        layer.start = Start()  # no adapter is left that it was made for
         layer.weight = replace(quantized, dtype=dtype or layer.base_dtype)
         return layer
 
-    _replace(model, again, dtype)
+    restore_experts(_replace(model, again, dtype))
     kept = sum(layer.kept for layer in done) / len(done)
     if kept < _MUCH:
         warnings.warn(
@@ -134,11 +136,6 @@ def requantize(
             stacklevel=2,
         )
     return done
-
-
-def _quantize_as(layer: QLoRALinear, weight: Tensor) -> QuantizedTensor:
-    scales = layer.scale_format
-    return quantize_4bit(weight, layer.format, layer.blocksize, bool(scales), scales or "dynamic8")
 
 
 def _compare(
@@ -176,16 +173,31 @@ def _replace(
         if not isinstance(module, AdapterHost):
             continue
         if module not in made:
-            is_layer = isinstance(module, LoRALayer)
-            made[module] = (
-                convert(plain_name(name), module) if is_layer else _trained(module, dtype)
-            )
+            made[module] = _made(name, module, convert, dtype, is_first=not made)
         if module is model:
             return made[module]
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[module])
+        model.set_submodule(name, made[module])
+        if isinstance(module, SavedModule):
+            rename_ties(model, f"{plain_name(name)}.original", plain_name(name))
     _say_untied(model)
     return model
+
+
+def _made(
+    name: str,
+    host: AdapterHost,
+    convert: Callable[[str, LoRALayer], nn.Module],
+    dtype: torch.dtype | None,
+    is_first: bool,
+) -> nn.Module:
+    if not isinstance(host, LoRALayer):
+        return _trained(host, dtype)
+    try:
+        return convert(plain_name(name), host)
+    except ValueError as error:
+        if is_first:
+            raise
+        raise ValueError(f"{error} (the model is partly merged by now: load it again)") from error
 
 
 def _trained(saved: SavedModule, dtype: torch.dtype | None) -> nn.Module:
@@ -201,7 +213,10 @@ def _say_untied(model: nn.Module) -> None:
     """Where input and output embeddings are one no longer, say so in the config, by which they are tied on loading."""
     if not hasattr(model, "get_output_embeddings"):
         return
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # a model of speech has no input embeddings
+        return
     if outputs is None or inputs is None or inputs.weight is outputs.weight:
         return
     for config in (model.config, model.config.get_text_config()):
@@ -231,18 +246,29 @@ def _original(
                 f"onto must be what the model was quantized from; {name} must have shape {shape}, "
                 f"and has {given.shape}"
             )
+    if isinstance(onto, nn.Module):  # a folder's are looked at as they are read
+        for name, layer in layers.items():
+            _read(name, layer, found)
     return found
 
 
 def _check_starts(layers: Iterable[tuple[str, LoRALayer]]) -> None:
     for name, layer in layers:
         used = [layer.adapters[adapter] for adapter in layer.active]
-        for init in (layer.init, *(adapter.init for adapter in used)):
-            if init != "lora":
+        for start in (layer.start, *(adapter.start for adapter in used)):
+            if start.init != "lora":
                 raise ValueError(
-                    f"onto must be None after init={init!r}, where the adapter holds a part of the original "
+                    f"onto must be None after init={start.init!r}, where the adapter holds a part of the original "
                     f"weights ({name}); merge without it"
                 )
+
+
+def _base_and_sum(
+    name: str, layer: LoRALayer, source: Mapping[str, Original] | None
+) -> tuple[Tensor | None, Tensor]:
+    """The original weight, if there is a source of it, and the merged one over it or else over the layer's own."""
+    base = None if source is None else _read(name, layer, source)
+    return base, layer.merged_weight(base)
 
 
 def _read(name: str, layer: LoRALayer, source: Mapping[str, Original]) -> Tensor:

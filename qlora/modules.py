@@ -15,7 +15,8 @@ from qlora.adapter import DEFAULT
 from qlora.config import QLoRAConfig
 from qlora.functional import qlora_linear
 from qlora.kernels.user_formats import stored_codebook
-from qlora.lora_layer import LoRALayer, is_conv1d, weight_shape
+from qlora.lora_layer import LoRALayer
+from qlora.model_parts import is_conv1d, weight_shape
 from qlora.quantized import QuantizedTensor, dequantize_4bit
 
 
@@ -226,11 +227,8 @@ def _with_adapter(
 ) -> _Layer:
     """With a new adapter in use, which starts at random, or from the factors that its base was made for."""
     if adapter:
-        new = layer.new_adapter(config, name)
-        if factors is not None:
-            new.start(*factors)
-            for started in (new, layer):
-                started.init, started.init_iterations = config.init, config.init_iterations
+        new = layer.new_adapter(config, name, factors)
+        layer.start = new.start
         layer.add(DEFAULT, new, fresh=True)
-        layer.select({DEFAULT: 1.0})
+        layer.choose({DEFAULT: 1.0})
     return layer

@@ -5,14 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from qlora.adapter import AdapterHost
-from qlora.experts import expert_linears, is_experts
+from qlora.experts import expert_linears, is_experts, split_stacked
 from qlora.loading import open_folder
-from qlora.lora_layer import is_conv1d
+from qlora.model_parts import is_conv1d
 from qlora.pretrained import load_dense
 from qlora.tensor_names import NotStreamable
 
@@ -38,22 +39,14 @@ def of_model(model: nn.Module) -> dict[str, Original]:
     """
     if any(isinstance(module, AdapterHost) for module in model.modules()):
         raise ValueError("onto must be a dense model without adapters; it has been converted")
-    found = {
-        name: _original(module, lambda module=module: module.weight)
-        for name, module in _linears(model)
-    }
-    for name, module in model.named_modules():
-        if is_experts(module):
-            for inner, layer in expert_linears(module).items():
-                found[f"{name}.{inner}"] = _original(layer, lambda layer=layer: layer.weight)
-    return found
+    return _originals(model, model.get_parameter)
 
 
 def of_folder(folder: Path) -> dict[str, Original]:
-    """The weights of the linear layers of a Hugging Face model folder, read one at a time.
+    """The weights of the linear layers, and of experts, of a Hugging Face model folder, read one at a time.
 
-    Where transformers changes weights as it reads them (mixtures of experts) the model is read as a whole, of
-    which a warning tells.
+    Where transformers changes weights as it reads them (experts that lie one by one) the model is read as a whole,
+    of which a warning tells.
 
     Raises:
         ValueError, FileNotFoundError: the folder is quantized, damaged or missing; the message says so.
@@ -65,10 +58,26 @@ def of_folder(folder: Path) -> dict[str, Original]:
         warnings.warn(f"{folder}: read as a whole: {reason}", stacklevel=2)
         return of_model(model)
     key_of = {name: key for key, names in places.items() for name in names}
-    return {
-        name: _original(module, lambda key=key_of[f"{name}.weight"]: shards.read(key))
-        for name, module in _linears(model)
-    }
+    return _originals(model, lambda name: shards.read(key_of[name]))
+
+
+def _originals(model: nn.Module, read: Callable[[str], Tensor]) -> dict[str, Original]:
+    """By the names of layers in 4 bits; `read` gives a parameter of the model by its name."""
+    found = {}
+    for name, module in _linears(model):
+        found[name] = _original(module, lambda name=name: read(f"{name}.weight"))
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_experts(module):
+            for inner, layer in expert_linears(module).items():
+                part = partial(_part, module, name, inner, read)
+                found[f"{name}.{inner}"] = Original(tuple(layer.weight.shape), part)
+    return found
+
+
+def _part(experts: nn.Module, name: str, inner: str, read: Callable[[str], Tensor]) -> Tensor:
+    """The weight of one expert, of a stack that is read."""
+    stack = inner.rpartition(".")[0]
+    return split_stacked(experts, stack, read(f"{name}.{stack}"))[f"{inner}.weight"]
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -13,14 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from qlora import files, peft_experts
 from qlora.config import QLoRAConfig
+from qlora.lora_layer import LoRALayer
+from qlora.model_parts import plain_name
+from qlora.targets import is_expert, pattern_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
+_PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _FACTORS = {
     "lora_a": "lora_A.weight",
@@ -28,6 +33,7 @@ _FACTORS = {
     "magnitude": "lora_magnitude_vector",
 }
 _KEY = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)(?:\.weight)?")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _BROUGHT = ".base_layer.weight"
 
 # Fields of adapter_config.json that only some values are allowed for. What pissa, loftq and others
@@ -77,8 +83,13 @@ def read(folder: Path, stacks: Mapping[str, int] | None = None) -> StoredAdapter
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or asks for what is not supported.
     """
-    settings, parameters = _read_settings(folder / CONFIG)
+    settings, parameters, ties = _read_settings(folder / CONFIG)
     path = folder / WEIGHTS
+    if not path.exists() and (pickled := folder / _PICKLED).exists():
+        raise FileNotFoundError(
+            f"{path}: no such file; {pickled.name}, which old versions of PEFT wrote, is a pickle and is not "
+            "read: load it with PEFT and save it again"
+        )
     tensors = {key.removeprefix(_PREFIX): value for key, value in files.read_tensors(path).items()}
     layers: dict[str, dict[str, Tensor]] = {}
     if parameters:
@@ -100,6 +111,12 @@ def read(folder: Path, stacks: Mapping[str, int] | None = None) -> StoredAdapter
             saved.setdefault(module, {})[key.removeprefix(f"{module}.")] = value
         else:
             brought[key.removesuffix(_BROUGHT).removesuffix(".weight")] = value
+    if ties and saved and brought:
+        raise ValueError(
+            f"{folder / CONFIG}: ensure_weight_tying = True is not supported with modules_to_save, where it ties "
+            f"{', '.join(sorted(brought))} to what is trained: train without it, and without a tied module among "
+            "modules_to_save or with all of them"
+        )
     _check_complete(path, settings, layers, stacks or {})
     return StoredAdapter(settings, parameters, layers, saved, brought)
 
@@ -109,8 +126,12 @@ def key_of(layer: str, factor: str) -> str:
     return f"{_PREFIX}{layer}.{_FACTORS.get(factor, factor)}"
 
 
-def _read_settings(path: Path) -> tuple[QLoRAConfig, tuple[str, ...]]:
-    """The adapter's settings, and `target_parameters`; an error names what is not supported."""
+def _read_settings(path: Path) -> tuple[QLoRAConfig, tuple[str, ...], bool]:
+    """The adapter's settings, `target_parameters`, `ensure_weight_tying`; an error names what is not supported."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; an adapter is a folder with {CONFIG} and {WEIGHTS}"
+        )
     config = files.read_json(path)
     for name, value in config.items():
         allowed = _ALLOWED_VALUES.get(name)
@@ -134,7 +155,8 @@ def _read_settings(path: Path) -> tuple[QLoRAConfig, tuple[str, ...]]:
             alpha_pattern=config.get("alpha_pattern") or {},
             modules_to_save=tuple(config.get("modules_to_save") or ()),
         )
-        return settings, tuple(config.get("target_parameters") or ())
+        parameters = tuple(config.get("target_parameters") or ())
+        return settings, parameters, bool(config.get("ensure_weight_tying"))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -155,7 +177,7 @@ def _without_stacks(tensors: Mapping[str, Tensor], parameters: Iterable[str]) ->
 def _saved_module(key: str, modules_to_save: Iterable[str]) -> str | None:
     """The module of those trained whole that a key belongs to."""
     parts = key.split(".")
-    for i in range(len(parts) - 1, 0, -1):
+    for i in range(1, len(parts)):  # the outermost: what is within it is a part of it
         module = ".".join(parts[:i])
         if module.endswith(tuple(modules_to_save)):  # PEFT's rule, within a word as well
             return module
@@ -182,6 +204,8 @@ def _check_complete(
                     f"{path}: {key_of(name, factor)} has shape {tuple(value.shape)}; only linear "
                     "layers are supported"
                 )
+            if value.dtype not in _DTYPES:
+                raise ValueError(f"{path}: {key_of(name, factor)} must be float; got {value.dtype}")
             if not value.isfinite().all():
                 raise ValueError(f"{path}: {key_of(name, factor)} holds NaN or infinite values")
         ranks = given["lora_a"].shape[0], given["lora_b"].shape[1]
@@ -194,6 +218,71 @@ def _check_complete(
 
 
 # --- Writing ----------------------------------------------------------------------------------------
+
+
+def config_to_write(
+    model: nn.Module,
+    settings: QLoRAConfig,
+    layers: Mapping[str, LoRALayer],
+    stacks: Mapping[str, int],
+) -> dict[str, Any]:
+    """What adapter_config.json says of an adapter.
+
+    Args:
+        model: that it is a part of.
+        settings: see `adapter_settings.adapter_config`.
+        layers: those that have it, by name.
+        stacks: see `read`.
+    """
+    stacked = peft_experts.stacked_names(layers, stacks)
+    if stacked and settings.dora:
+        raise ValueError(
+            f"dora must be False for experts ({stacked[0]}): PEFT's files have no place for it"
+        )
+    plain = [name for name in layers if not is_expert(name, stacks)]
+    return {
+        "peft_type": "LORA",
+        "task_type": _task_type(model),
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+        "r": settings.rank,
+        "rank_pattern": dict(settings.rank_pattern),
+        "lora_alpha": settings.alpha,
+        "alpha_pattern": dict(settings.alpha_pattern),
+        "use_rslora": settings.rslora,
+        "use_dora": settings.dora,
+        "lora_dropout": 0.0 if stacked else settings.dropout,  # PEFT allows no other with experts
+        "target_modules": _target_modules(model, plain),
+        **({"target_parameters": stacked} if stacked else {}),
+        "modules_to_save": list(settings.modules_to_save) or None,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "bias": "none",
+    }
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """What PEFT's AutoPeftModel... classes look for."""
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _target_modules(model: nn.Module, names: Iterable[str]) -> list[str] | str:
+    """The last parts of the names (q_proj, ...) where these single out the layers, else all names.
+
+    A regular expression where the end of another layer's name is one of them: PEFT would mean that as well.
+    """
+    names = set(names)
+    everything = {plain_name(name) for name, _ in model.named_modules()}
+    for ends in ({name.rpartition(".")[2] for name in names}, names):
+        if {name for name in everything if _suffixes(name) & ends} == names:
+            return sorted(ends)
+    return "|".join(map(re.escape, sorted(names)))
+
+
+def _suffixes(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
 
 
 def tensors_to_write(
@@ -212,23 +301,16 @@ def tensors_to_write(
     return {_PREFIX + key: value for key, value in tensors.items()}
 
 
-def pattern_name(layer: str, stacks: Mapping[str, int]) -> str:
-    """What rank_pattern and alpha_pattern look at: the layer's name, an expert's stack."""
-    return layer.rpartition(".")[0] if is_expert(layer, stacks) else layer
-
-
-def is_expert(layer: str, stacks: Mapping[str, int]) -> bool:
-    """Whether a layer is one of a stack of experts."""
-    return layer.rpartition(".")[0] in stacks
-
-
 def patterns(values: Mapping[str, Any], stacks: Mapping[str, int]) -> tuple[Any, dict[str, Any]]:
-    """The commonest value of the layers, and the other ones by name: PEFT's `r` and `rank_pattern`."""
+    """The commonest value of the layers, and the other ones by name: PEFT's `r` and `rank_pattern`.
+
+    The "^" keeps a pattern from other layers that end in the same name, as "0" is the end of "1.0".
+    """
     common = Counter(values.values()).most_common(1)[0][0]
     others = {}
     for name, value in values.items():
         if value != common:
-            others[re.escape(pattern_name(name, stacks))] = value
+            others["^" + re.escape(pattern_name(name, stacks))] = value
     return common, others
 
 

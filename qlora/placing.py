@@ -14,7 +14,7 @@ from qlora.config import QLoRAConfig
 from qlora.experts import QLoRAExperts
 from qlora.lora_layer import LoRALayer
 from qlora.modules import QLoRALinear
-from qlora.quantized import QuantizedTensor
+from qlora.quantized import QuantizedTensor, dtype_name
 from qlora.saved_modules import SavedModule
 
 
@@ -120,7 +120,7 @@ class _Value:
         turned = layer.fan_in_fan_out
         weight = self.dense.mT if turned else self.dense
         if isinstance(layer, QLoRALinear):
-            if turned not in self._quantized or layer.init != "lora":
+            if turned not in self._quantized or layer.start.init != "lora":
                 self._quantized[turned], factors = starts.quantize_and_start(
                     weight, *_settings(layer)
                 )
@@ -143,31 +143,27 @@ class _Value:
 
 def _first_adapter(layer: LoRALayer) -> Adapter | None:
     """The adapter that the base was made for, if it starts from the weight."""
-    return layer.adapters[DEFAULT] if layer.init != "lora" else None
+    return layer.adapters[DEFAULT] if layer.start.init != "lora" else None
 
 
 def _settings(layer: LoRALayer) -> tuple[QLoRAConfig, int, float]:
     """How a layer without values is to be quantized, as `starts` takes it."""
     adapter = _first_adapter(layer)
-    base = {}
-    if isinstance(layer, QLoRALinear):
-        base = {"format": layer.format, "blocksize": layer.blocksize}
-        base["double_quant"] = bool(layer.scale_format)
-        base["scale_format"] = layer.scale_format or "dynamic8"
+    base = layer.weight.settings if isinstance(layer, QLoRALinear) else {}
     if adapter is None:
         return QLoRAConfig(**base), 0, 1.0
     config = QLoRAConfig(
         **base,
-        adapter_dtype=str(adapter.lora_a.dtype).removeprefix("torch."),
-        init=layer.init,
-        init_iterations=layer.init_iterations,
+        adapter_dtype=dtype_name(adapter.lora_a.dtype),
+        init=layer.start.init,
+        init_iterations=layer.start.iterations,
     )
     return config, adapter.rank, adapter.scaling
 
 
 def _start(layer: LoRALayer, factors: tuple[Tensor, Tensor] | None) -> None:
     if factors is not None:
-        _first_adapter(layer).start(*factors)
+        _first_adapter(layer).fill(*factors)
 
 
 def _owners(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, bool]]:

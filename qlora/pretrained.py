@@ -36,6 +36,10 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
             f"{folder}: no such folder. A model is a local folder with config.json, *.safetensors "
             "and the tokenizer's files; models are not downloaded"
         )
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: is an adapter's folder, not a model's: give its base as the model, and this with --adapter"
+        )
     if _quantization(folder) not in LAYOUTS:
         _check_not_quantized(folder)
     if not any(folder.glob("*.safetensors")):
@@ -52,15 +56,26 @@ def check_dense(folder: str | os.PathLike[str]) -> Path:
 
 def _check_not_quantized(folder: Path) -> None:
     if (method := _quantization(folder)) is not None:
-        raise ValueError(f"{folder}: quantized already ({method}), a dense model is needed")
+        raise ValueError(
+            f"{folder}: quantized already ({method}), a dense model is needed: "
+            "give the folder that it was made from"
+        )
 
 
 def _quantization(folder: Path) -> str | None:
     """How a folder says that it is quantized; None for a dense one."""
-    given = files.read_json(folder / "config.json").get("quantization_config")
-    if not given:
+    path = folder / "config.json"
+    given = files.read_json(path).get("quantization_config")
+    if given is None:
         return None
-    return str(given.get("quant_method", "unknown") if isinstance(given, dict) else given)
+    if given == {}:
+        raise ValueError(
+            f"{path}: quantization_config is empty; take it out if the model is dense, or give its quant_method"
+        )
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: quantization_config must be a JSON object; got {given!r}")
+    by_bits = any(given.get(f"load_in_{bits}bit") for bits in (4, 8))  # all that the oldest say
+    return str(given.get("quant_method", bnb.METHOD if by_bits else "unknown"))
 
 
 def base_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,16 @@ class QuantizedTensor:
         """Where the packed weights are."""
         return self.packed.device
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it was quantized: `quantize_4bit(weight, **settings)` does the same to another weight.
+
+        Without `scale_format` where the scales are in fp32.
+        """
+        base = {"format": self.format, "blocksize": self.blocksize}
+        base["double_quant"] = bool(self.scale_format)
+        return base | ({"scale_format": self.scale_format} if self.scale_format else {})
+
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same weight on another device."""
         return replace(
@@ -86,7 +97,8 @@ def quantize_4bit(
 
     Raises:
         TypeError: `weight` has another dtype.
-        ValueError: `weight` holds a NaN or an infinity, or another argument is not one of the allowed.
+        ValueError: `weight` holds a NaN or an infinity, or is so large that a scale in 8 bits is none that fp32
+            has; or another argument is not one of the allowed.
     """
     checks.check_float("weight", weight, ops.WEIGHT_DTYPES)
     formats.check_scale_format(scale_format)
@@ -95,17 +107,23 @@ def quantize_4bit(
     nested_absmax = nested_offset = None
     if double_quant:
         absmax, nested_absmax, nested_offset = ops.quantize_absmax(absmax, scale_format)
+        _check_scales(weight, nested_absmax, nested_offset)
     return QuantizedTensor(
-        packed,
-        absmax,
-        nested_absmax,
-        nested_offset,
-        format,
-        blocksize,
-        scale_format if double_quant else "",
-        weight.shape,
-        weight.dtype,
+        packed=packed,
+        absmax=absmax,
+        nested_absmax=nested_absmax,
+        nested_offset=nested_offset,
+        format=format,
+        blocksize=blocksize,
+        scale_format=scale_format if double_quant else "",
+        shape=weight.shape,
+        dtype=weight.dtype,
     )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files and settings write it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_finite(weight: Tensor, absmax: Tensor) -> None:
@@ -117,6 +135,15 @@ def _check_finite(weight: Tensor, absmax: Tensor) -> None:
         f"weight must be finite; got {bad} NaN or infinite of {weight.numel()} elements"
         f" in a tensor of shape {tuple(weight.shape)}"
     )
+
+
+def _check_scales(weight: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> None:
+    """A largest scale beyond fp32 would decode its blocks to infinities, and their zeros to NaN."""
+    if not weight.is_meta and not torch.isfinite(nested_absmax + nested_offset).all():
+        raise ValueError(
+            "weight must be smaller for double quantization: a scale in 8 bits would be infinite, at elements up to "
+            f"{weight.abs().max().item():.3e}; use double_quant=False"
+        )
 
 
 def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 A Hugging Face model folder: config.json, safetensors, the tokenizer's files. config.json has a
 `quantization_config` that says what the codes mean; the tensors are those of the quantized model's
-state dict without adapters, what is not quantized in the dtype that it had.
+state dict without adapters, what is not quantized in the dtype that it had. Which layers are in 4 bits they say.
 """
 
 from __future__ import annotations
@@ -25,14 +25,20 @@ from qlora.loading import Convert, skeleton
 from qlora.modules import QLoRALinear
 from qlora.placing import base_tensors, put, settle_adapters, start_adapters
 from qlora.progress import Progress
+from qlora.quantized import dtype_name
 from qlora.report import QuantizationReport
+from qlora.targets import find_linears
 from qlora.tensor_names import shared_names
 
 METHOD = "qlora"
 STEM = "quantized"  # of the files; where transformers finds no "model", it makes no random one
 
+_DTYPE_KEYS = {"dtype", "torch_dtype"}  # of config.json, today and formerly
+_SCALES = (".absmax", ".nested_absmax", ".nested_offset")
+_PARTS = (".packed", *_SCALES, "._extra_state")  # of a layer in 4 bits
+
 _DENSE_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
+    dtype_name(dtype): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
 _KINDS = {
@@ -114,14 +120,16 @@ def load_folder(
     """
     model = _skeleton(folder, read_settings(folder))
     plain = model.state_dict(keep_vars=True)
-    report = convert(model, layers=None)
     found = shards.Shards(folder, STEM)
+    report = convert(model, layers=_in_4_bits(model, found))
     places = _places(folder, found, plain, base_tensors(model))
     start_adapters(model, device)
     for key in Progress(list(places), "load"):
         tensor = found.read(key)
         if key.endswith("_extra_state"):
             _check_meaning(model, key, tensor, found.entries[key].file)
+        elif key.endswith(_SCALES) and not torch.isfinite(tensor).all():
+            raise ValueError(f"{found.entries[key].file}: {key} must be finite")
         else:
             put(model, places[key], tensor, tensor.dtype, device, dtype)
         del tensor  # it would keep its file's map when that is to be dropped
@@ -143,6 +151,15 @@ def _skeleton(folder: Path, settings: Settings) -> nn.Module:
             raise ValueError(f"{path}: other_dtypes: no parameter or buffer {name!r}")
         tensors[name].data = tensors[name].data.to(dtype)
     return model
+
+
+def _in_4_bits(model: nn.Module, found: shards.Shards) -> list[str] | None:
+    """The layers of a plain model that the files hold in 4 bits, by all their names; None if they hold none."""
+    owners = {key.rpartition(".")[0] for key in found.entries if key.endswith(_PARTS)}
+    linears, heads, _ = find_linears(model)
+    layers = linears | heads
+    weights = {id(layer.weight) for name, layer in layers.items() if name in owners}
+    return [name for name, layer in layers.items() if id(layer.weight) in weights] or None
 
 
 def _places(
@@ -208,7 +225,7 @@ def save(model: nn.Module, source: Path, folder: Path) -> None:
     described = {"quant_method": METHOD} | _describe(model, source)
     tensors = base_tensors(model)
     unique = {names[0]: tensors[names[0]].detach() for names in shared_names(tensors)}
-    write(folder, STEM, unique, source, described)
+    write(folder, STEM, unique, model, source, described)
     _check_written(folder, source)
 
 
@@ -216,16 +233,31 @@ def write(
     folder: Path,
     stem: str,
     tensors: Mapping[str, Tensor],
+    model: nn.Module,
     source: Path,
     described: Mapping[str, Any],
 ) -> None:
-    """Write tensors and the source's settings, with `described` as config.json's quantization_config."""
+    """Write tensors and the source's settings, with `described` as config.json's quantization_config.
+
+    Where the model's dtype has changed, or its embeddings are tied no longer (`merging`), config.json says so.
+    """
     shards.write(folder, stem, tensors)
     config = files.read_json(source / "config.json")
+    before = read_config(source)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            if before.dtype != model.config.dtype:
+                part |= {key: dtype_name(model.config.dtype) for key in _DTYPE_KEYS & part.keys()}
+            if _is_tied(before) and not _is_tied(model.config):
+                part["tie_word_embeddings"] = False
     files.write_json(folder / "config.json", config | {"quantization_config": described})
     generation = source / "generation_config.json"
     if generation.is_file():
         shutil.copy(generation, folder)
+
+
+def _is_tied(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
 def _check_written(folder: Path, source: Path) -> None:
@@ -234,8 +266,10 @@ def _check_written(folder: Path, source: Path) -> None:
         settings = read_settings(folder)
         model = _skeleton(folder, settings)
         plain = model.state_dict(keep_vars=True)
-        quantize_model(model, QLoRAConfig(target_modules=None, **settings.base))
-        _places(folder, shards.Shards(folder, STEM), plain, base_tensors(model))
+        found = shards.Shards(folder, STEM)
+        config = QLoRAConfig(target_modules=None, **settings.base)
+        quantize_model(model, config, _in_4_bits(model, found))
+        _places(folder, found, plain, base_tensors(model))
     except (ValueError, OSError) as error:
         reason = str(error).replace(str(folder), "what was written")  # and will be gone
         raise ValueError(f"{source}: its model cannot be read back in 4 bits: {reason}") from error
@@ -252,13 +286,9 @@ def _describe(model: nn.Module, source: Path) -> dict[str, Any]:
     dtypes |= {f"{name}.weight": layer.base_dtype for name, layer in layers.items()}
     usual = skeleton(read_config(source), model.config.dtype).state_dict(keep_vars=True)
     others = {
-        name: _name(dtypes[name])
+        name: dtype_name(dtypes[name])
         for name, tensor in usual.items()
         if dtypes.get(name, tensor.dtype) != tensor.dtype
     }
-    settings = bases[0] | {"dtype": _name(model.config.dtype)}
+    settings = bases[0] | {"dtype": dtype_name(model.config.dtype)}
     return settings | ({"other_dtypes": others} if others else {})
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from qlora.adapter import Adapter
-from qlora.lora_layer import LoRALayer, is_conv1d
+from qlora.lora_layer import LoRALayer
+from qlora.model_parts import is_conv1d
 from qlora.modules import QLoRALinear
 
 _NOTABLE = 0.03  # a part of all parameters that is worth a row of the report

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qlora.adapter import AdapterHost
 from qlora.functional import in_autocast_dtype
+from qlora.model_parts import rename_ties, replace_module
 
 
 class SavedModule(AdapterHost):
@@ -64,10 +65,16 @@ class SavedModule(AdapterHost):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module in use gives; where rows have adapters of their own, one input [rows, ...]."""
+        self._check_recomputed()
         if self.rows is None or not self.adapter_enabled:
             module = self.module
             same = module is self.original
             return module(*args, **kwargs) if same else self._cast(module, *args, **kwargs)
+        if len(args) != 1:
+            raise ValueError(
+                f"a module that is trained whole must have one input by position where rows have adapters of "
+                f"their own; got {len(args)}"
+            )
         (x,) = args
         y = self.original(x, **kwargs)
         for name, rows in self._rows_of(x).items():
@@ -76,22 +83,35 @@ class SavedModule(AdapterHost):
             )
         return y
 
-    def _cast(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """A copy's output for x, in the dtype in which the original would give it; autocast sees to its own."""
-        if in_autocast_dtype(x) is not x:
-            return module(x, *args, **kwargs)
+    def _cast(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """A copy's output in the dtype in which the original would give it; autocast sees to its own."""
+        floats = [x for x in (*args, *kwargs.values()) if _is_float(x)]
         own, usual = (next(m.parameters()).dtype for m in (module, self.original))
-        floating = x.is_floating_point()
-        y = module(x.to(own) if floating else x, *args, **kwargs)
-        return y.to(x.dtype if floating else usual) if isinstance(y, Tensor) else y
+        if own == usual or any(in_autocast_dtype(x) is not x for x in floats):
+            return module(*args, **kwargs)
+        y = module(*_in_dtype(args, own), **_in_dtype(kwargs, own))
+        return _in_dtype(y, floats[0].dtype if floats else usual)
 
 
-def wrap(model: nn.Module, name: str) -> SavedModule:
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _in_dtype(values: Any, dtype: torch.dtype) -> Any:
+    """With all floating tensors in it cast, also those in tuples, lists and dicts."""
+    if type(values) in (tuple, list):
+        return type(values)(_in_dtype(value, dtype) for value in values)
+    if type(values) is dict:
+        return {name: _in_dtype(value, dtype) for name, value in values.items()}
+    return values.to(dtype) if _is_float(values) else values
+
+
+def as_saved_module(model: nn.Module, name: str) -> SavedModule:
     """The SavedModule called `name`, which takes a plain module's place in the model."""
     module = model.get_submodule(name)
     if isinstance(module, SavedModule):
         return module
     wrapped = SavedModule(module)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, wrapped)
+    replace_module(model, module, wrapped)
+    rename_ties(model, name, f"{name}.original")
     return wrapped

@@ -2,7 +2,8 @@
 
 Both split a weight W [n, k] into a base Q and an adapter such that Q + scaling * B A is closer to W than
 Q of W alone: quantization loses less of what is left, or the adapter holds the most of what it lost. Both
-change the base, which has to be made anew in the same way when such an adapter is loaded again.
+change the base, which has to be made anew in the same way when such an adapter is loaded again. Both decompose each
+layer by itself: with many experts that is a decomposition for each expert and projection, and takes most of the time.
 """
 
 from __future__ import annotations

@@ -1,11 +1,78 @@
-"""Which of a model's modules are meant by `target_modules` and `modules_to_save`."""
+"""Which of a model's modules are meant: its linear layers, by `target_modules`, and by `modules_to_save`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from torch import Tensor, nn
+
+from qlora.adapter import AdapterHost
 from qlora.config import ALL_LINEAR
+from qlora.experts import expert_linears, is_experts
+from qlora.model_parts import is_conv1d
+from qlora.saved_modules import SavedModule
+
+
+def find_linears(
+    model: nn.Module, saved: Sequence[str] = ()
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module], list[str]]:
+    """The linear layers of a model by name; a module in two places comes twice.
+
+    Args:
+        saved: names of modules that are to be trained whole, and so left alone, as all within a `SavedModule` is.
+
+    Returns:
+        Those to quantize, those to adapt only where named (output embeddings, weights tied to one), and the names
+        of the latter and of all others that are left alone.
+    """
+    kept_weights = {id(weight) for weight in _embedding_weights(model)}
+    saved = [*saved, *(name for name, m in model.named_modules() if isinstance(m, SavedModule))]
+    linears, heads, left_alone = {}, {}, []
+    experts: dict[nn.Module, dict[str, nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_experts(module) and not _within(name, saved):
+            layers = experts.setdefault(module, expert_linears(module))
+            linears |= {f"{name}.{layer}": linear for layer, linear in layers.items()}
+        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+            continue
+        plain = type(module) is nn.Linear or is_conv1d(module)
+        if _within(name, saved) or not plain:
+            left_alone.append(name)
+        elif id(module.weight) in kept_weights:
+            left_alone.append(name)
+            heads[name] = module
+        else:
+            linears[name] = module
+    return linears, heads, left_alone
+
+
+def saved_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """The full names of the modules that are trained as a whole; one within another is a part of that.
+
+    Raises:
+        ValueError: a name matches nothing, or what cannot be trained whole.
+    """
+    modules = dict(model.named_modules())
+    wrapped = [name for name, module in modules.items() if isinstance(module, SavedModule)]
+    names = (name for name in modules if not _within(name.rpartition(".")[0], wrapped))
+    chosen = choose_by_end("modules_to_save", modules_to_save, names)
+    chosen = [name for name in chosen if not _within(name.rpartition(".")[0], chosen)]
+    for name in chosen:
+        _check_trained_whole(name, modules[name])
+    return chosen
+
+
+def _check_trained_whole(name: str, module: nn.Module) -> None:
+    if next(module.parameters(), None) is None:
+        reason = "has no parameters"
+    elif not isinstance(module, SavedModule) and any(
+        isinstance(part, AdapterHost) for part in module.modules()
+    ):
+        reason = "is quantized, or has adapters: only the config of quantize_model can name it"
+    else:
+        return
+    raise ValueError(f"modules_to_save must name modules to train whole; {name} {reason}")
 
 
 def choose_layers(
@@ -47,6 +114,24 @@ def choose_by_end(
     return [name for name in names if name in chosen]
 
 
+def check_no_experts(names: Iterable[str]) -> None:
+    """Refuse DoRA on experts before it is trained: an adapter's files have no place for it."""
+    for name in names:
+        raise ValueError(
+            f"dora must be False where experts get an adapter ({name}); name other target_modules"
+        )
+
+
+def pattern_name(layer: str, stacks: Mapping[str, int]) -> str:
+    """What rank_pattern and alpha_pattern look at: the layer's name, an expert's stack."""
+    return layer.rpartition(".")[0] if is_expert(layer, stacks) else layer
+
+
+def is_expert(layer: str, stacks: Mapping[str, int]) -> bool:
+    """Whether a layer is one of a stack of experts, see `experts.stack_sizes`."""
+    return layer.rpartition(".")[0] in stacks
+
+
 def _ends_in(name: str, target: str, lists: bool) -> bool:
     whole, _, number = name.rpartition(".")
     return f".{name}".endswith(f".{target}") or (
@@ -79,3 +164,17 @@ def _some(names: Iterable[str], count: int = 8) -> str:
     return (
         ", ".join(parts[:count]) + (", ..." if len(parts) > count else "") or "(no linear layers)"
     )
+
+
+def _within(name: str, wholes: Sequence[str]) -> bool:
+    return any(f"{name}.".startswith(f"{whole}.") for whole in wholes)
+
+
+def _embedding_weights(model: nn.Module) -> Iterator[Tensor]:
+    """The weights of input embeddings, and of the output embeddings of every transformers model inside."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield module.weight
+        head = getattr(module, "get_output_embeddings", lambda: None)()
+        if isinstance(head, nn.Module):  # a ModuleList where a model has several heads
+            yield from (part.weight for part in head.modules() if hasattr(part, "weight"))

@@ -1,7 +1,8 @@
 """Whether a model folder's tensors are the model's own, and by which names the model has them.
 
 transformers renames what older folders hold, and merges or splits some weights as it reads them. This
-file asks it what it would do; the private names of transformers are here and nowhere else.
+file asks it what it would do, by private names of transformers where it must. (Others are in `experts`, by which
+stacked weights are known, and in `loading`, which makes a model without values.)
 """
 
 from __future__ import annotations

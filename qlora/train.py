@@ -26,8 +26,8 @@ import torch
 
 from qlora import files
 from qlora.adapter_files import save_adapter
-from qlora.adapter_settings import adapted_layers, adapter_settings
-from qlora.adapters import adapter_parameters, plain_name, sole_adapter
+from qlora.adapter_settings import adapted_layers, adapter_config
+from qlora.adapters import adapter_parameters, sole_adapter
 from qlora.batching import Batch, StepBatches
 from qlora.checkpoint import (
     latest_checkpoint,
@@ -35,6 +35,7 @@ from qlora.checkpoint import (
     remove_checkpoints,
     save_checkpoint,
 )
+from qlora.config import QLoRAConfig
 from qlora.data import Example
 from qlora.evaluation import (
     EvalResult,
@@ -47,7 +48,9 @@ from qlora.evaluation import (
     summed_loss,
 )
 from qlora.fingerprint import base_fingerprint
+from qlora.kernels.user_formats import stored_codebook
 from qlora.loraplus import loraplus_groups
+from qlora.model_parts import plain_name
 from qlora.paged import PagedAdamW
 from qlora.progress import Progress
 from qlora.recipe import TrainConfig, learning_rate
@@ -272,9 +275,17 @@ def _settings(
         digest.update(len(example).to_bytes(8, "little"))
         digest.update(example.input_ids.numpy().tobytes() + example.labels.numpy().tobytes())
     data = {"examples": len(dataset), "sha256": digest.hexdigest()}
-    name = sole_adapter(model)
-    base = {"fingerprint": base_fingerprint(adapted_layers(model, name))}
-    return {"recipe": recipe, "adapter": adapter_settings(model, name), "base": base, "data": data}
+    adapter = adapter_config(model)
+    layers = adapted_layers(model, sole_adapter(model))
+    base = {"fingerprint": base_fingerprint(layers), "codebook": stored_codebook(adapter.format)}
+    return {"recipe": recipe, "adapter": _as_json(adapter), "base": base, "data": data}
+
+
+def _as_json(config: QLoRAConfig) -> dict[str, Any]:
+    """The fields as they come back from a JSON file; without the layers, which the adapter's file names."""
+    fields = asdict(config)
+    del fields["target_modules"]
+    return {n: list(value) if isinstance(value, tuple) else value for n, value in fields.items()}
 
 
 def _check_dataset(dataset: Sequence[Example], config: TrainConfig) -> None:

@@ -11,6 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny here: threads 
 import hypothesis
 import pytest
 import torch
+import triton
+
+from tests import interpreter
+
+if triton.knobs.runtime.interpret:
+    interpreter.install()
 
 # Interpreted kernels and first calls are slow and uneven: a deadline would only measure the machine.
 # Derandomized, so that a red run is red again.

@@ -47,8 +47,8 @@ def prepare(folder: Path) -> Path:
 
 
 def shortened(text: str) -> str:
-    """With one step of training in place of many."""
-    return re.sub(r"(--steps |\bsteps=)\d+", r"\g<1>1", text)
+    """With one step of training in place of many, and one example in a step."""
+    return re.sub(r"(--steps |\b(?:\w+_)?steps=)\d+", r"\g<1>1", text)
 
 
 def run(page: Path) -> dict[str, Any]:

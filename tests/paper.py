@@ -1,12 +1,31 @@
-"""Small texts in the formats that paper_repro reads."""
+"""Small texts in the formats that paper_repro reads, and small LLaMAs."""
 
 from __future__ import annotations
 
 import bz2
 from pathlib import Path
 
+import pytest
+
+from qlora import shapes
+
 SENTENCE = "A sentence of prose that is long enough to be kept by the cleaner of wiki text."
 PARAGRAPH = " ".join([SENTENCE] * 4)
+
+LLAMA = {
+    "llama-7b": (256, 6, 4, 704),
+    "llama-13b": (320, 6, 4, 832),
+    "llama-33b": (384, 8, 4, 1024),
+    "llama-65b": (512, 8, 8, 1408),
+}
+"""Sizes for `qlora.shapes.LLAMA`, in the same order: a plan of the true ones walks through 212 layers."""
+
+
+def shrink_llama(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LLaMAs become small models."""
+    assert LLAMA.keys() == shapes.LLAMA.keys()
+    for name, shape in LLAMA.items():
+        monkeypatch.setitem(shapes.LLAMA, name, shape)
 
 
 def write_dump(path: Path, pages: dict[str, str]) -> Path:

@@ -266,6 +266,19 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ("damage", "error", "message"),
     [
         (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, rf"{WEIGHTS}: no such file"),
+        (
+            lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
+            FileNotFoundError,
+            "adapter_model.bin, which old versions of PEFT wrote, is a pickle .* save it again",
+        ),
+        *(
+            (
+                lambda f, dtype=dtype: _rewrite(f, lambda t: t.update({Q: t[Q].to(dtype)})),
+                ValueError,
+                f"{Q} must be float; got {dtype}",
+            )
+            for dtype in (torch.int64, torch.float8_e4m3fn)
+        ),
         (lambda f: (f / CONFIG).unlink(), FileNotFoundError, rf"{CONFIG}: no such file"),
         (lambda f: (f / CONFIG).write_text("{"), ValueError, rf"{CONFIG}: not valid JSON"),
         (lambda f: (f / CONFIG).write_text("[]"), ValueError, rf"{CONFIG}: expected a JSON object"),
@@ -343,3 +356,47 @@ def test_layers_that_one_file_cannot_describe_are_not_saved(
         save_adapter(model, tmp_path)
     assert first in str(caught.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_an_adapter_is_filled_with_all_settings(tmp_path: Path) -> None:
+    """Its dropout as well."""
+    settings = {"rank": 4, "alpha": 2, "dropout": 0.25, "rslora": True}
+    qlora.save_adapter(tiny.adapted(**settings), tmp_path / "one")
+    model = tiny.adapted(rank=4)
+    qlora.load_adapter(model, tmp_path / "one")
+    qlora.save_adapter(model, tmp_path / "two")
+    for name in ("adapter_config.json", "qlora_config.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_a_model_without_values_takes_no_adapter(tmp_path: Path) -> None:
+    qlora.save_adapter(tiny.adapted(), tmp_path)
+    with torch.device("meta"):
+        model = tiny.llama()
+    with pytest.raises(ValueError, match=r"model must have values; .*weight is on the meta device"):
+        qlora.load_adapter(model, tmp_path)
+    assert qlora.adapter_names(model) == ()
+
+
+def test_one_module_in_two_places_is_adapted_in_both(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        shared = nn.Linear(8, 8)
+        return nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared))
+
+    model = make()
+    qlora.quantize_model(model, qlora.QLoRAConfig(format=None, rank=2))
+    tiny.randomize_adapter(model)
+    qlora.save_adapter(model, tmp_path)
+    other = make()
+    qlora.load_adapter(other, tmp_path)
+    assert other[0] is other[2][0]
+    x = torch.randn(3, 8)
+    assert torch.equal(other(x), model(x))
+    qlora.add_adapter(other, qlora.QLoRAConfig(rank=2), "b")
+    assert list(other[0].adapters) == ["default", "b"]
+    third = make()  # with another layer that is adapted, so that it can take one over a dense one
+    third.append(nn.Linear(8, 8))
+    qlora.quantize_model(third, qlora.QLoRAConfig(format=None, rank=2, target_modules=["3"]))
+    qlora.add_adapter(third, qlora.QLoRAConfig(rank=2), "b")
+    assert third[0] is third[2][0]

@@ -127,6 +127,52 @@ def test_use_adapter_holds_for_its_block() -> None:
     assert not torch.equal(tiny.logits(model, IDS), first)
 
 
+@pytest.mark.parametrize("block", [lambda m: qlora.use_adapter(m, "c"), qlora.disable_adapters])
+def test_a_block_ends_as_it_began(block: Callable[[nn.Module], Any]) -> None:
+    """Whatever is chosen within: what is in use and what is trainable belong together."""
+    model = many()
+    for name in ("a", "b"):
+        if name != "a":
+            qlora.set_adapter(model, name)
+        with block(model):
+            qlora.set_adapter(model, "c")
+            with qlora.use_adapter(model, "a"):
+                qlora.set_adapter(model, None)
+            assert active_adapters(model) == ("c",)
+            qlora.delete_adapter(model, "c")
+            qlora.add_adapter(model, QLoRAConfig(rank=2), "c")
+        assert active_adapters(model) == (name,)
+        trainable = {key for key, p in model.named_parameters() if p.requires_grad}
+        assert trainable == adapter_parameters(model, name).keys()
+
+
+@pytest.mark.parametrize("adapter", [["a"], 3, ("a", "b"), True])
+def test_what_is_no_selection_is_refused(adapter: Any) -> None:
+    model = many()
+    with pytest.raises(TypeError, match=r"adapter must be a name, a mapping .* use use_adapter"):
+        qlora.set_adapter(model, adapter)
+    for weight in ("1", True, None):
+        with pytest.raises(TypeError, match="the weight of adapter 'a' must be a number; got"):
+            qlora.set_adapter(model, {"a": weight})
+    with pytest.raises(TypeError, match="weights must be a mapping from names to weights; got 'a'"):
+        qlora.combine_adapters(model, "a", "x")
+    assert active_adapters(model) == ("a",)
+
+
+def test_an_adapter_may_be_dropped_while_rows_use_it() -> None:
+    model = many()
+    with qlora.use_adapter(model, ["c", "a", "a", "c"]):
+        qlora.delete_adapter(model, "c")
+        inside = tiny.logits(model, IDS)
+    with qlora.use_adapter(model, [None, "a", "a", None]):
+        assert torch.equal(tiny.logits(model, IDS), inside)
+
+
+def test_an_adapter_without_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="target_modules must name the layers of the new adapter"):
+        qlora.add_adapter(many(), QLoRAConfig(target_modules=None), "d")
+
+
 # --- For each row -----------------------------------------------------------------------------------
 
 
@@ -289,7 +335,9 @@ def test_an_adapter_is_small(tmp_path: Path) -> None:
 # --- Refusals ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "ü", "a b", "keys", "pop", "forward", 1, None])
+@pytest.mark.parametrize(
+    "name", ["", "a.b", "ü", "a b", "keys", "training", "_parameters", 1, None]
+)
 def test_names_that_cannot_be_parts_of_parameter_names(name: Any) -> None:
     with pytest.raises(ValueError, match="name of an adapter must"):
         check_name(name)
@@ -358,3 +406,81 @@ def test_adapters_of_different_dropout_or_too_many_ranks_do_not_add_up() -> None
     qlora.add_adapter(model, QLoRAConfig(rank=253), "e")
     with pytest.raises(ValueError, match=r"their ranks come to 257 .* of 256 that are allowed"):
         qlora.combine_adapters(model, {"a": 1.0, "e": 1.0}, "mix")
+
+
+# --- Gradient checkpointing -------------------------------------------------------------------------
+
+
+def checkpointed(model: nn.Module, reentrant: bool = False) -> nn.Module:
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def loss(model: nn.Module) -> torch.Tensor:
+    return model(IDS, labels=IDS).loss
+
+
+def gradients(model: nn.Module, name: str) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in adapter_parameters(model, name).values()]
+
+
+def test_a_pass_is_repeated_with_the_same_adapters_or_not_at_all() -> None:
+    model = checkpointed(many())
+    with qlora.use_adapter(model, "c"):
+        outside = loss(model)
+    with pytest.raises(
+        RuntimeError, match=r"with 'a' in use, .* with 'c': backward belongs inside"
+    ):
+        outside.backward()
+    outside = loss(model)
+    qlora.set_adapter(model, {"a": 0.5, "b": 0.5})
+    with pytest.raises(RuntimeError, match="with 'a' and 'b' in use, which was made with 'a'"):
+        outside.backward()
+    qlora.set_adapter(model, "a")
+    with qlora.use_adapter(model, ["a", None, "b", "a"]):
+        outside = loss(model)
+    with (
+        qlora.disable_adapters(model),
+        pytest.raises(RuntimeError, match=r"base alone .*'b', 'a'\]"),
+    ):
+        outside.backward()
+
+
+def test_a_whole_module_is_not_repeated_with_another_either() -> None:
+    model = checkpointed(many(modules_to_save=["input_layernorm"], target_modules=["down_proj"]))
+    model.model.layers[0].mlp.down_proj._check_recomputed = lambda: None
+    model.model.layers[1].mlp.down_proj._check_recomputed = lambda: None
+    with qlora.use_adapter(model, "c"):
+        outside = loss(model)
+    with pytest.raises(RuntimeError, match="with 'a' in use, which was made with 'c'"):
+        outside.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    """Also where another adapter, or none, answers between the passes, as a reference does."""
+    plain, model = many(), many()
+    plain.train()
+    loss(plain).backward()
+    checkpointed(model, reentrant)
+    with qlora.use_adapter(model, "c"):  # not checkpointed, and its backward never comes
+        model.eval()
+        loss(model)
+        model.train()
+    forward = loss(model)
+    with torch.no_grad(), qlora.use_adapter(model, "b"):
+        loss(model)
+    with torch.no_grad(), qlora.disable_adapters(model):
+        loss(model)
+    forward.backward()
+    pairs = zip(gradients(plain, "a"), gradients(model, "a"), strict=True)
+    assert all(torch.equal(expected, got) for expected, got in pairs)
+
+
+@pytest.mark.parametrize("adapter", [["a", None, "b", "c"], {"a": 0.5, "b": -1.0}])
+def test_rows_and_sums_are_repeated(adapter: Any) -> None:
+    model = checkpointed(many())
+    with qlora.use_adapter(model, adapter):
+        loss(model).backward()
+    assert all(grad.any() for grad in gradients(model, "a"))

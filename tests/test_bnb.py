@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from paper_repro import interchange
 from qlora import QLoRAConfig, QLoRALinear, bnb, quantize_model, shards
 from qlora.__main__ import main
+from qlora.adapter_files import save_adapter
 from qlora.bnb_format import to_bitsandbytes
+from qlora.lora_layer import LoRALayer
+from qlora.merging import requantize
 from qlora.modules import LoRALinear
 from qlora.placing import base_tensors
 from qlora.pretrained import base_settings, load_dense, load_quantized, quantize_folder
@@ -224,12 +227,7 @@ def test_what_adapters_do_to_dense_modules_is_left_out(
     theirs = read_by_them(out)
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
     assert_alike(model, theirs)
-    assert_alike(
-        read(out, target_modules="all-linear")
-        if "target_modules" in settings
-        else read(out, **settings),
-        theirs,
-    )
+    assert_alike(read(out, **settings | {"target_modules": "all-linear"}), theirs)
 
 
 def test_several_files_are_written_and_read(
@@ -406,6 +404,47 @@ def edit(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(given))
 
 
+def test_the_oldest_configs_do_not_name_the_method(folder: Path) -> None:
+    expected = read(folder).state_dict()
+    path = folder / "config.json"
+    given = json.loads(path.read_text())
+    del given["quantization_config"]["quant_method"]
+    path.write_text(json.dumps(given))
+    assert_equal(read(folder).state_dict(), expected)
+    path.write_text(json.dumps(given | {"quantization_config": "bitsandbytes"}))
+    with pytest.raises(
+        ValueError, match=r"config\.json: quantization_config must be a JSON object"
+    ):
+        read(folder)
+
+
+@pytest.mark.parametrize("skipped", [["down_proj", "lm_head"], ["none of them"]])
+def test_the_same_layers_are_in_4_bits_after_an_adapter_was_added_in(
+    tmp_path: Path, skipped: list[str]
+) -> None:
+    """Some that we would quantize are dense; or the output embedding is in 4 bits, which we would leave dense."""
+    folder, _ = their_folder(tmp_path, llm_int8_skip_modules=skipped)
+    model = tiny.randomize_adapter(read(folder, target_modules="all-linear"))
+    save_adapter(model, tmp_path / "adapter")
+    out = tmp_path / "out"
+    options = [str(folder), str(tmp_path / "adapter"), str(out), "--requantize"]
+    assert main(["merge", *options, "--dtype", "float32"]) == 0
+    requantize(model)
+    found = read(out)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALayer):
+            got = found.get_submodule(name)
+            assert isinstance(got, QLoRALinear) == isinstance(layer, QLoRALinear), name
+    assert torch.equal(tiny.logits(found, tiny.tokens()), tiny.logits(model, tiny.tokens()))
+
+
+def test_an_empty_quantization_config_is_named(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    with pytest.raises(ValueError, match=r"config\.json: quantization_config is empty"):
+        read(folder)
+
+
 def test_eight_bits_are_refused(folder: Path) -> None:
     edit(folder, load_in_8bit=True, load_in_4bit=False)
     with pytest.raises(
@@ -477,6 +516,15 @@ def test_damage_is_named(
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read(folder)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "module."])
+def test_names_of_a_wrapped_model_are_refused_with_the_cause(folder: Path, prefix: str) -> None:
+    change(folder, lambda tensors: {f"{prefix}{key}": value for key, value in tensors.items()})
+    with pytest.raises(
+        ValueError, match=rf"{prefix}\S+ has the prefix of what the model was wrapped"
+    ):
+        read(folder)
 
 
 def other(format: str, n: int = 96, blocksize: int = 64) -> dict[str, Tensor]:

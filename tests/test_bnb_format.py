@@ -320,6 +320,17 @@ def test_another_codebook_is_refused(key: str) -> None:
     assert refusal(tensors).startswith(f"{key}: must be bitsandbytes' table")
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scales_that_are_not_finite_are_refused(double_quant: bool, value: float) -> None:
+    quantized = quantize_4bit(torch.randn(8, 64), "nf4", 64, double_quant)
+    tensors = to_bitsandbytes(quantized)
+    key = "weight.nested_absmax" if double_quant else "weight.absmax"
+    tensors[key][0] = value
+    with pytest.raises(ValueError, match=f"{key}: must be finite"):
+        from_bitsandbytes(tensors)
+
+
 def test_other_tensors_beside_the_known_are_refused() -> None:
     assert refusal(whole() | {"weight.scale": torch.ones(1)}).startswith(
         "weight.scale: not a tensor"

@@ -216,7 +216,7 @@ def test_what_was_half_written_is_never_read(tmp_path: Path, uninterrupted: Run)
             {"config": replace(SMALL, optimizer="paged_adamw_8bit")},
             "recipe optimizer = 'paged_adamw_32bit', and now it is 'paged_adamw_8bit'",
         ),
-        ({"adapter_dtype": "bfloat16"}, "adapter dtype = 'float32', and now it is 'bfloat16'"),
+        ({"adapter_dtype": "bfloat16"}, "adapter_dtype = 'float32', and now it is 'bfloat16'"),
         ({"rank": 8}, "adapter rank = 4, and now it is 8"),
         ({"format": "fp4"}, "adapter format = 'nf4', and now it is 'fp4'"),
         ({"data": tiny.examples(11)}, "data examples = 12, and now it is 11"),

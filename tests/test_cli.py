@@ -379,6 +379,24 @@ def test_wrong_options_are_named(
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--learnig-rate", "; did you mean --learning-rate?"),
+        ("--modules_to_save=lm_head", "; did you mean --modules-to-save?"),
+        ("--zzz", ""),
+    ],
+)
+def test_a_misspelt_flag_is_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, meant: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        finetune(place, tmp_path / "output", option)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"qlora finetune: error: unrecognized arguments: {option}{meant}"
+
+
 def test_what_the_model_cannot_take_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

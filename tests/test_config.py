@@ -58,6 +58,7 @@ def test_the_first_pattern_that_matches_the_end_of_a_name_counts() -> None:
         "layers.1.q_proj": (4, 4.0),
         "layers.0.k_proj": (8, 0.375),
         "layers.0.mlp.up_proj": (8, 2.0),
+        "layers.0.mlp.1": (8, 2.0),
         "seq_proj": (8, 2.0),
     }.items():
         assert config.rank_and_scaling(name) == expected, name
@@ -66,6 +67,14 @@ def test_the_first_pattern_that_matches_the_end_of_a_name_counts() -> None:
 def test_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         QLoRAConfig().rank = 8
+
+
+def test_equal_configs_have_the_same_hash() -> None:
+    for settings in ({}, {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}}):
+        config = QLoRAConfig(**settings)
+        assert hash(config) == hash(QLoRAConfig(**dataclasses.asdict(config)))
+    assert QLoRAConfig(rank_pattern={"q_proj": 4}) != QLoRAConfig()
+    assert len({QLoRAConfig(), QLoRAConfig(), QLoRAConfig(rank=8)}) == 2
 
 
 @pytest.mark.parametrize(
@@ -113,6 +122,10 @@ def test_allowed(settings: dict[str, Any]) -> None:
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be from 1 to 256; got 0"),
         ({"rank_pattern": {"*": 8}}, r"rank_pattern must have regular expressions; got '\*' .*"),
         ({"alpha_pattern": {"q": 0}}, r"alpha_pattern\['q'\] must be positive and finite; got 0"),
+        (
+            {"target_modules": None, "modules_to_save": ["lm_head"]},
+            r"modules_to_save must be empty where target_modules is None, .*; got \['lm_head'\]",
+        ),
         ({"format": "int3"}, "format must be one of nf4, .*; got 'int3'"),
         ({"blocksize": 100}, "blocksize must be one of .*; got 100"),
         ({"scale_format": "fp8"}, "scale_format must be one of dynamic8, e4m3; got 'fp8'"),
@@ -128,6 +141,7 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
     ("name", "value"),
     [
         *(("rank", value) for value in (8.0, "8", True, None)),
+        *((name, value) for name in ("alpha", "dropout") for value in ("1", True, None)),
         ("blocksize", 64.0),
         ("double_quant", "no"),
         ("target_modules", 5),
@@ -141,3 +155,9 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
 def test_values_of_another_type_are_refused(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"{name} must be .*; got"):
         QLoRAConfig(**{name: value})
+
+
+@pytest.mark.parametrize("argument", ["target_modules", "modules_to_save"])
+def test_names_are_strings(argument: str) -> None:
+    with pytest.raises(TypeError, match=f"{argument} must hold names, which are strings; got 3"):
+        QLoRAConfig(**{argument: ["q_proj", 3]})

@@ -100,6 +100,10 @@ def refusal(folder: Path) -> str:
             "lm_head.weight must have dtype torch.bfloat16; got torch.float32",
         ),
         (
+            lambda t: t | {f"{UP}.nested_absmax": t[f"{UP}.nested_absmax"] * torch.nan},
+            f"quantized.safetensors: {UP}.nested_absmax must be finite",
+        ),
+        (
             lambda t: t | {f"{UP}._extra_state": torch.tensor([1], dtype=torch.uint8)},
             f"{UP}._extra_state: ",
         ),
@@ -108,7 +112,18 @@ def refusal(folder: Path) -> str:
             f"{UP}._extra_state: state_dict must hold a weight with",
         ),
     ],
-    ids=["extra", "codes", "offset", "meaning", "dense", "shape", "dtype", "no JSON", "meant"],
+    ids=[
+        "extra",
+        "codes",
+        "offset",
+        "meaning",
+        "dense",
+        "shape",
+        "dtype",
+        "NaN",
+        "no JSON",
+        "meant",
+    ],
 )
 def test_wrong_tensors_are_named(folder: Path, change: Callable[..., Any], message: str) -> None:
     file = folder / "quantized.safetensors"
@@ -130,7 +145,7 @@ def test_damaged_files_are_named(folder: Path, tmp_path: Path) -> None:
     shutil.move(folder / "model.safetensors", file)
     file.write_bytes(whole)
     edit(folder, num_hidden_layers=3)
-    assert "model.layers.2.self_attn.q_proj.packed is missing" in refusal(folder)
+    assert "model.layers.2.self_attn.q_proj.weight is missing" in refusal(folder)
     edit(folder, num_hidden_layers=2, model_type="nothing")
     assert "config.json: The checkpoint you are trying to load" in refusal(folder)
     (folder / "config.json").write_text("{")

@@ -17,7 +17,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 
 
 def test_the_pages_are_there() -> None:
-    names = ("adapters", "formats", "kernels", "quickstart", "reproducing")
+    names = ("adapters", "formats", "kernels", "quickstart", "reproducing", "trainer")
     assert [page.stem for page in PAGES] == list(names)
 
 
@@ -43,6 +43,21 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+def assert_same_picture(left: Path, right: Path) -> None:
+    """The same elements with the same texts and colours, at the same places.
+
+    A place is read as exactly as processors agree on it, or by other versions of matplotlib, which set text a
+    little higher or lower, to a point.
+    """
+    texts = [path.read_text(encoding="utf-8") for path in (left, right)]
+    versions = {version for text in texts for version in re.findall(r"Matplotlib v[\d.]+", text)}
+    one, other = (re.sub(r"Matplotlib v[\d.]+|\b[mp][0-9a-f]{10}\b", "", text) for text in texts)
+    number = re.compile(r"-?\d+(?:\.\d+)?")
+    assert number.split(one) == number.split(other), left.name
+    places = [[float(found) for found in number.findall(text)] for text in (one, other)]
+    assert places[0] == pytest.approx(places[1], rel=0, abs=0.01 if len(versions) == 1 else 1)
+
+
 def test_the_pictures_are_drawn_by_the_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,6 +65,8 @@ def test_the_pictures_are_drawn_by_the_script(
     runpy.run_path(str(DOCS / "draw.py"), run_name="__main__")
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in (DOCS / "pictures").iterdir()}
+    for name in drawn:
+        assert_same_picture(tmp_path / name, DOCS / "pictures" / name)
     shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert {name for name in drawn if f"(pictures/{name})" not in shown} == set()
 

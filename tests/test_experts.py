@@ -277,6 +277,15 @@ def test_compiled_it_runs_as_it_is_and_is_compiled_once_for_all_routings() -> No
 # --- What is converted ------------------------------------------------------------------------------
 
 
+def test_a_compiled_model_is_saved_as_the_model_itself(tmp_path: Path) -> None:
+    model = adapted(mixtral)
+    qlora.save_adapter(model, tmp_path / "plain")
+    qlora.save_adapter(torch.compile(model, backend="eager"), tmp_path / "compiled")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        plain, compiled = (tmp_path / kind / name for kind in ("plain", "compiled"))
+        assert compiled.read_bytes() == plain.read_bytes()
+
+
 def test_the_report_counts_experts_as_layers() -> None:
     model = mixtral()
     total = sum(p.numel() for p in model.parameters())
@@ -329,6 +338,21 @@ def test_patterns_are_for_all_experts_of_a_list() -> None:
         assert (layer.rank, layer.scaling) == (3, 4 / 3)
     for layer in experts_of(model).down_proj:
         assert (layer.rank, layer.scaling) == (2, 2.5)
+
+
+def test_rows_may_be_repeated_by_gradient_checkpointing() -> None:
+    """In which experts go from one adapter to the next; outside of the block it would be others."""
+    model = adapted(mixtral)
+    qlora.add_adapter(model, QLoRAConfig(rank=2), "b")
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.train()
+    ids = tiny.tokens()
+    with qlora.use_adapter(model, ["default", "b"]):
+        model(ids, labels=ids).loss.backward()
+        loss = model(ids, labels=ids).loss
+    with pytest.raises(RuntimeError, match="gradient checkpointing repeats a forward pass"):
+        loss.backward()
 
 
 def test_a_dense_base_stays_where_it_is() -> None:

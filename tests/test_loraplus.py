@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
 
+from qlora.adapters import set_adapter
 from qlora.loraplus import loraplus_groups
 from tests import tiny
 
@@ -48,7 +49,15 @@ def test_a_ratio_of_1_is_one_group() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"ratio must be at least 1; got 0\.5"):
-        loraplus_groups(tiny.quantized(tiny.llama()), 1e-3, 0.5)
+    for ratio in (0.5, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=f"ratio must be at least 1 and finite; got {ratio}"):
+            loraplus_groups(tiny.quantized(tiny.llama()), 1e-3, ratio)
     with pytest.raises(ValueError, match="model must have adapters to train"):
         loraplus_groups(tiny.llama().requires_grad_(False), 1e-3)
+
+
+def test_without_an_adapter_in_use_the_way_on_is_named() -> None:
+    model = tiny.quantized(tiny.llama())
+    set_adapter(model, None)
+    with pytest.raises(ValueError, match=r"or set_adapter\(model, name\)"):
+        loraplus_groups(model, 1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from transformers.pytorch_utils import Conv1D
 import qlora
 from qlora import QLoRAConfig
 from qlora.__main__ import main
+from qlora.adapter import Start
 from qlora.adapter_files import read_config
 from qlora.lora_layer import LoRALayer
 from qlora.merging import Requantized, merge, requantize
 from qlora.pretrained import load_quantized, quantize_folder
 from tests import tiny
+from tests.test_experts import gpt_oss
 
 IDS = tiny.tokens()
 
@@ -182,6 +185,12 @@ def _other_weights() -> nn.Module:
     return tiny.llama(seed=9)
 
 
+def _other_at_the_end() -> nn.Module:
+    model = tiny.llama()
+    nn.init.normal_(model.model.layers[1].mlp.down_proj.weight)
+    return model
+
+
 def _smaller() -> nn.Module:
     return tiny.llama(intermediate_size=64)
 
@@ -194,6 +203,7 @@ def _shorter() -> nn.Module:
     ("onto", "settings", "message"),
     [
         (_other_weights, {}, "q_proj has other weights than that"),
+        (_other_at_the_end, {}, "1.mlp.down_proj has other weights than that$"),
         (_smaller, {}, r"gate_proj must have shape \(96, 64\), and has \(64, 64\)"),
         (_shorter, {}, r"it has no linear layer model.layers.1.self_attn.q_proj"),
         (tiny.adapted, {}, "onto must be a dense model without adapters"),
@@ -218,6 +228,16 @@ def test_a_folder_that_is_not_the_original_is_refused(tmp_path: Path) -> None:
     quantize_folder(folder, tmp_path / "nf4", QLoRAConfig())
     with pytest.raises(ValueError, match="a dense model is needed"):
         merge(tiny.adapted(), onto=tmp_path / "nf4")
+    for make, message in (
+        (_other_weights, "q_proj has other weights than that$"),
+        (
+            _other_at_the_end,
+            r"down_proj has .* than that \(the model is partly merged by now: load",
+        ),
+    ):
+        folder = tiny.model_folder(tmp_path / make.__name__, make())
+        with pytest.raises(ValueError, match=message):
+            merge(tiny.adapted(), onto=folder)
 
 
 # --- Trained whole, and tied ------------------------------------------------------------------------
@@ -357,6 +377,53 @@ def test_zeros_requantize_without_an_error() -> None:
     assert (item.error, item.adapter, item.kept) == (0, 0, 0)
 
 
+def test_what_is_left_after_requantizing_was_made_for_no_adapter() -> None:
+    model = tiny.adapted(init="pissa")
+    requantize(model)
+    assert {layer.start for layer in layers(model).values()} == {Start()}
+
+
+def test_adapted_experts_that_are_dense_are_stacked_again_beside_4_bits() -> None:
+    original = mixtral()
+    kind = type(original.model.layers[0].mlp.experts)
+    attention = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"]
+    qlora.quantize_model(original, QLoRAConfig(rank=4), attention)
+    model = tiny.randomize_adapter(original)
+    merged = merge(copy.deepcopy(model))
+    requantize(model)
+    assert layers(model).keys() == set(attention)
+    found, expected = (each.model.layers[0].mlp.experts for each in (model, merged))
+    assert type(found) is kind
+    assert torch.equal(found.down_proj, expected.down_proj)
+    assert torch.equal(found.gate_up_proj, expected.gate_up_proj)
+
+
+def test_a_model_without_input_embeddings_is_merged() -> None:
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    convolutions = {"conv_dim": (32,), "conv_stride": (2,), "conv_kernel": (3,)}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    model = Wav2Vec2ForCTC(
+        Wav2Vec2Config(**sizes, **convolutions, **positions, num_attention_heads=2)
+    )
+    merge(tiny.quantized(model))
+    assert not layers(model)
+
+
+def test_experts_that_lie_stacked_are_read_one_by_one(tmp_path: Path) -> None:
+    """Turned and with biases, as gpt-oss has them; in its own names, so that nothing is read as a whole."""
+    original = gpt_oss()
+    folder = tiny.model_folder(tmp_path, original)
+    model = tiny.adapted(lambda: copy.deepcopy(original))
+    by_model = merge(copy.deepcopy(model), onto=original)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge(model, onto=folder)
+    for name, value in by_model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
 def test_experts_are_merged_into_their_stacks_again(tmp_path: Path) -> None:
     original = mixtral()
     folder = tiny.model_folder(tmp_path, original)
@@ -407,6 +474,27 @@ def test_the_command_merges_onto_the_original(place: Path, tmp_path: Path) -> No
         assert torch.equal(plain.state_dict()[name], value.to(torch.bfloat16)), name
 
 
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}]
+)
+def test_a_head_that_is_tied_no_longer_is_written_beside_4_bits(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder = tiny.model_folder(tmp_path / "model", tiny.llama(tie_word_embeddings=True))
+    config = QLoRAConfig(rank=4, **settings)
+    model = tiny.randomize_adapter(load_quantized(folder, config, precision="float32")[0])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.01)
+    qlora.save_adapter(model, tmp_path / "adapter")
+    assert command(tmp_path, tmp_path / "out", "--requantize", "--dtype", "float32") == 0
+    requantize(model)
+    plain = QLoRAConfig(rank=1, target_modules=None)
+    found, _ = load_quantized(tmp_path / "out", plain, precision="float32")
+    assert found.lm_head.weight is not found.model.embed_tokens.weight
+    assert torch.equal(tiny.logits(found, IDS), tiny.logits(model, IDS))
+
+
 @pytest.mark.parametrize("options", [(), ("--onto-original",)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_command_writes_4_bits_and_says_what_they_cost(
@@ -432,6 +520,8 @@ def test_the_command_writes_4_bits_and_says_what_they_cost(
         assert torch.equal(layer.weight.packed, own.weight.packed)
         assert layer.base_dtype == getattr(torch, dtype)
     assert found.model.norm.weight.dtype == getattr(torch, dtype)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["quantization_config"]["dtype"] == dtype
 
 
 def test_the_command_needs_the_original(

@@ -53,7 +53,7 @@ def refusal(folder: Path) -> str:
     ("changes", "message"),
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized already (gptq)"),
-        ({"quantization_config": "gptq"}, "quantized already (gptq)"),
+        ({"quantization_config": "gptq"}, "quantization_config must be a JSON object; got 'gptq'"),
         ({"num_hidden_layers": 3}, "9 weights are missing in the files (model.layers.2."),
         ({"num_hidden_layers": 1}, "9 weights are not in config.json's model (model.layers.1."),
         (

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from qlora import LoRALinear, QLoRAConfig, QLoRALinear, dequantize_4bit, quantize_4bit
-from qlora.modules import LoRALayer, is_conv1d
+from qlora.lora_layer import LoRALayer
+from qlora.model_parts import is_conv1d
 
 N, K, RANK = 24, 40, 4
 KINDS = {"4-bit": QLoRALinear, "dense": LoRALinear}
@@ -116,7 +117,7 @@ def test_the_adapter_starts_as_in_the_paper() -> None:
     assert layer.lora_a.dtype == layer.lora_b.dtype == torch.float32
     nn.init.ones_(layer.lora_b)
     old = layer.lora_a.clone()
-    layer.reset_adapter()
+    layer.adapter.reset()
     assert not layer.lora_b.any()
     assert not torch.equal(layer.lora_a, old)
 
@@ -127,7 +128,6 @@ def test_without_an_adapter() -> None:
         assert layer.rank == 0
         assert layer.lora_a is layer.lora_b is None
         assert not any(p.requires_grad for p in layer.parameters())
-        layer.reset_adapter()
         assert torch.equal(layer.merged_weight(), layer.base_weight())
         torch.testing.assert_close(
             layer(inputs()), F.linear(inputs(), layer.base_weight(), layer.bias)
@@ -201,7 +201,7 @@ def test_both_kinds_train_alike() -> None:
     layer, base = quantized(), linear()
     base.weight.data = layer.base_weight()
     dense = LoRALinear.from_linear(base, config())
-    dense.adapter.start(layer.lora_a, layer.lora_b)
+    dense.adapter.fill(layer.lora_a, layer.lora_b)
     results = []
     for module in (layer, dense):
         x = inputs(2, 3).requires_grad_()

@@ -13,15 +13,14 @@ from paper_repro.__main__ import main
 from paper_repro.lab import Lab
 from qlora import shapes
 from qlora.memory import CUBLAS_WORKSPACE, plan_memory
+from tests import paper
 
 NAME = "llama-7b"
-SHAPE = (256, 6, 4, 704)
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LLaMA-7B becomes a small model."""
-    monkeypatch.setitem(shapes.LLAMA, NAME, SHAPE)
+    paper.shrink_llama(monkeypatch)
 
 
 @pytest.mark.usefixtures("small")
@@ -62,7 +61,7 @@ def test_the_weights_are_random_and_all_there() -> None:
 def test_adapters_inputs_at_once() -> None:
     """Without checkpointing those of all layers, with it those of one: q, k, v share one, gate and up too."""
     config = shapes.model_config(NAME)
-    hidden, layers, _, feed_forward = SHAPE
+    hidden, layers, _, feed_forward = paper.LLAMA[NAME]
     one = 512 * (3 * hidden + feed_forward) * 2
     assert lora_inputs.at_once(config, checkpointing=False) == layers * one
     assert lora_inputs.at_once(config, checkpointing=True) == one
@@ -76,18 +75,19 @@ def test_a_run_is_kept_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     path = memory.take_step("7b")
     assert json.loads(path.read_text())["measured_on"]["commit"]
     result = memory.run(lab)
+    totals = [memory._total(result["models"][size]) for size in memory.FIGURE6]
+    assert totals == sorted(set(totals)), "each size is planned, and with its own shapes"
     assert memory.section(result).count("extrapolated)") == 1
     assert "with other code" not in memory.section(result)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"code": "another"}))
     assert "with other code" in memory.section(memory.run(lab))
 
 
-def test_a_gpus_run_is_preferred(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "OUT", tmp_path)
+def test_a_gpus_run_is_preferred(tmp_path: Path) -> None:
     for kind in ("cpu", "cuda"):
         run = {"code": "", "steps": [], "on_gpu": kind == "cuda"}
         (tmp_path / f"memory-run-65b-{kind}.json").write_text(json.dumps(run))
-    assert memory.run(Lab(tmp_path / "cache"))["runs"]["65b"]["on_gpu"]
+    assert memory._runs(tmp_path)["65b"]["on_gpu"]
 
 
 def test_run_goes_with_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from paper_repro.registry import EXPERIMENTS
 from qlora import files
 from qlora.pretrained import load_dense, load_tokenizer
 from tests import tiny
-from tests.paper import PARAGRAPH, write_dump
+from tests.paper import PARAGRAPH, shrink_llama, write_dump
 
 # --- What is kept, and what is done again -----------------------------------------------------------
 
@@ -124,7 +124,7 @@ def test_without_package_managers_there_is_no_wordnet(
 
 @pytest.fixture
 def tiny_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny model and tiny texts where the real ones would be; returns the folder for results."""
+    """Tiny models and tiny texts where the real ones would be; returns the folder for results."""
     folder = tiny.model_folder(tmp_path / "model")
     nouns = [f"{a}{b}{c}" for a in "abcdef" for b in "ghijkl" for c in "mnopqr"]
     lines = [
@@ -149,6 +149,7 @@ def tiny_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     recipe = replace(finetune.RECIPE, steps=6, micro_batch_size=4, checkpoint_every=2)
     monkeypatch.setattr(finetune, "RECIPE", recipe)
     monkeypatch.setattr(datatypes, "DRAWS", 64_000)
+    shrink_llama(monkeypatch)
     for module in (__main__, finetune):
         monkeypatch.setattr(module, "OUT", out)
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from qlora.adapters import hosts
 from qlora.config import QLoRAConfig
 from qlora.merging import merge
 from qlora.peft_format import CONFIG, WEIGHTS, patterns
+from tests import tiny as small
 from tests.architectures import MODELS, inputs, tiny
 
 # What PEFT has settings for, by our names; in every architecture each linear layer is a target.
@@ -195,10 +197,10 @@ def test_settings_survive(tmp_path: Path) -> None:
 
 
 def test_patterns_are_the_fewest() -> None:
-    assert patterns({"a": 4, "b": 4, "c.d": 2}, {}) == (4, {r"c\.d": 2})
+    assert patterns({"a": 4, "b": 4, "c.d": 2}, {}) == (4, {r"^c\.d": 2})
     assert patterns({"a": 4, "e.up.0": 2, "e.up.1": 2, "b": 4, "c": 4}, {"e.up": 2}) == (
         4,
-        {r"e\.up": 2},
+        {r"^e\.up": 2},
     )
 
 
@@ -220,3 +222,95 @@ def test_lora_on_an_embedding_is_refused_by_name(tmp_path: Path) -> None:
     model = ours(tiny("llama"), target_modules=None)
     with pytest.raises(ValueError, match=r"not in the model .*embed_tokens"):
         load_adapter(model, tmp_path)
+
+
+def test_a_classifier_is_read_though_peft_lists_modules_that_it_has_not(tmp_path: Path) -> None:
+    """For SEQ_CLS its list has "classifier" and "score", of which a model has one."""
+    name = "bert_classifier"
+    config = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query", "value"])
+    theirs = randomized(peft.get_peft_model(tiny(name), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    assert set(json.loads((tmp_path / CONFIG).read_text())["modules_to_save"]) == {
+        "classifier",
+        "score",
+    }
+    config = read_config(tmp_path)
+    assert config.modules_to_save == ("classifier",)
+    model = tiny(name)
+    qlora.quantize_model(model, dataclasses.replace(config, format=None))
+    load_adapter(model.eval(), tmp_path)
+    torch.testing.assert_close(output(model, name), output(theirs, name), rtol=1e-4, atol=1e-5)
+
+
+class Nested(nn.Module):
+    """Whose names are ends of others: "0" of "1.0", "fc" of "head.fc"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(8, 8)
+        self.head = nn.ModuleDict({"fc": nn.Linear(8, 8)})
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.head["fc"](self.fc(x).relu()).relu())
+
+
+@pytest.mark.parametrize("targets", ["fc|last", r"fc|head\.fc", ".*"])
+def test_names_that_are_ends_of_others(targets: str, tmp_path: Path) -> None:
+    model = Nested()
+    config = QLoRAConfig(
+        format=None,
+        rank=2,
+        target_modules=targets,
+        rank_pattern={"^fc": 4},
+        alpha_pattern={"^fc": 3},
+    )
+    qlora.quantize_model(model, config)
+    small.randomize_adapter(model)
+    assert model.fc.rank == 4
+    qlora.save_adapter(model, tmp_path)
+    x = torch.randn(3, 8)
+    theirs = peft.PeftModel.from_pretrained(Nested(), tmp_path)
+    torch.testing.assert_close(theirs(x), model(x))
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path, tmp_path / "theirs"):
+        ours = Nested()
+        qlora.load_adapter(ours, folder)
+        assert torch.equal(ours(x), model(x))
+        assert [n for n, _ in ours.named_parameters()] == [n for n, _ in model.named_parameters()]
+
+
+def test_a_list_that_is_no_experts_is_not_meant_by_its_name(tmp_path: Path) -> None:
+    """As in PEFT."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"fc": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))})
+
+    settings = {"lora_alpha": 8, "target_modules": ["0", "1"], "rank_pattern": {"fc": 8}}
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(r=2, **settings))
+    theirs.save_pretrained(tmp_path)
+    model = make()
+    qlora.load_adapter(model, tmp_path)
+    assert [model["fc"][i].rank for i in range(2)] == [2, 2]
+    qlora.add_adapter(model, QLoRAConfig(rank=2, rank_pattern={"fc": 8, "fc.1": 3}), "b")
+    assert [model["fc"][i].adapters["b"].rank for i in range(2)] == [2, 3]
+
+
+def test_weights_tied_by_peft_are_refused_by_its_settings_name(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(
+        small.llama(tie_word_embeddings=True),
+        peft.LoraConfig(
+            r=2,
+            target_modules=["q_proj"],
+            modules_to_save=["embed_tokens"],
+            ensure_weight_tying=True,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    theirs.save_pretrained(tmp_path)
+    model = small.llama(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"ensure_weight_tying = True .* it ties lm_head to what"):
+        qlora.load_adapter(model, tmp_path)
+    assert qlora.adapter_names(model) == ()

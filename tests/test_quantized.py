@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import qlora
@@ -14,13 +15,26 @@ from qlora.kernels import reference
 from tests import strategies as qst
 
 
+def test_weights_too_large_for_double_quantization_are_refused() -> None:
+    """All of them finite; but the largest scale, put together again from mean and difference, is not."""
+    largest = torch.finfo(torch.float32).max
+    x = torch.tensor([largest, 0.0] * 32 + [1e38] * 64)
+    with pytest.raises(ValueError, match=r"would be infinite, at elements up to 3.403e\+38; use"):
+        qlora.quantize_4bit(x)
+    assert torch.equal(qlora.dequantize_4bit(qlora.quantize_4bit(x, double_quant=False)), x)
+
+
 @given(qst.tensors(), qst.formats, qst.blocksizes, qst.scale_formats)
 def test_round_trip_equals_the_reference(
     x: Tensor, format: str, blocksize: int, scale: str
 ) -> None:
-    q = qlora.quantize_4bit(x, format, blocksize, scale_format=scale)
     packed, absmax = reference.quantize_4bit(x, format, blocksize)
     codes, nested_absmax, nested_offset = reference.quantize_absmax(absmax, scale)
+    if not (nested_absmax + nested_offset).isfinite().all():
+        with pytest.raises(ValueError, match=r"would be infinite, .* use double_quant=False"):
+            qlora.quantize_4bit(x, format, blocksize, scale_format=scale)
+        return
+    q = qlora.quantize_4bit(x, format, blocksize, scale_format=scale)
     assert torch.equal(q.packed, packed)
     assert torch.equal(q.absmax, codes)
     assert torch.equal(q.nested_absmax, nested_absmax)
@@ -97,3 +111,16 @@ def test_unknown_settings_are_refused(arguments, error, message) -> None:
 def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match="weight must have one of the dtypes"):
         qlora.quantize_4bit(torch.ones(64).to(dtype))
+
+
+@given(qst.tensors(), qst.formats, qst.blocksizes, st.sampled_from(["", "dynamic8", "e4m3"]))
+def test_its_settings_quantize_another_weight_in_the_same_way(
+    x: Tensor, format: str, blocksize: int, scale: str
+) -> None:
+    scales = {"scale_format": scale} if scale else {"double_quant": False}
+    q = qlora.quantize_4bit(x, format, blocksize, **scales)
+    again = qlora.quantize_4bit(x, **q.settings)
+    assert again.settings == q.settings
+    assert again.scale_format == scale
+    assert torch.equal(again.packed, q.packed)
+    assert torch.equal(again.absmax, q.absmax)

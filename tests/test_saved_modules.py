@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import qlora
-from qlora.saved_modules import SavedModule, wrap
+from qlora.saved_modules import SavedModule, as_saved_module
 from tests import tiny
 
 IDS = tiny.tokens()
@@ -76,8 +77,8 @@ def test_values_must_be_the_modules() -> None:
 
 def test_wrapped_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
-    first = wrap(model, "1.0")
-    assert wrap(model, "1.0") is first is model[1][0]
+    first = as_saved_module(model, "1.0")
+    assert as_saved_module(model, "1.0") is first is model[1][0]
 
 
 def test_a_model_trains_and_generates_with_whole_modules() -> None:
@@ -135,3 +136,110 @@ def test_a_model_in_bf16_with_whole_modules_in_fp32() -> None:
     copies = {n: p for n, p in model.named_parameters() if p.requires_grad and "lora" not in n}
     assert len(copies) == 3
     assert {p.grad.dtype for p in copies.values()} == {torch.float32}
+
+
+def test_inputs_by_name_and_several_outputs() -> None:
+    """As of a decoder's attention, which transformers calls so."""
+
+    class Twice(nn.Linear):
+        def forward(self, x: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+            return super().forward(x) + pair[0] + pair[1], None
+
+    module = SavedModule(Twice(8, 5).bfloat16())
+    module.add("a")
+    pair = (torch.ones(5).bfloat16(), torch.ones(5).bfloat16())
+    expected, _ = module(x=x().bfloat16(), pair=pair)
+    module.select({"a": 1.0})
+    y, none = module(x=x().bfloat16(), pair=pair)
+    assert none is None
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
+    module.select({}, ["a"])
+    with pytest.raises(ValueError, match=r"must have one input by position .*; got 0"):
+        module(x=x(), pair=pair)
+
+
+def test_whole_attentions_and_decoder_layers_train() -> None:
+    names = ["layers.0.self_attn", "layers.1"]
+    model = tiny.quantized(tiny.llama(), modules_to_save=names, target_modules=["gate_proj"])
+    model(IDS, labels=IDS).loss.backward()
+    copies = [p for n, p in model.named_parameters() if p.requires_grad and "lora" not in n]
+    assert len(copies) == 4 + 9
+    assert all(p.grad.any() for p in copies)
+
+
+def test_a_module_within_another_is_a_part_of_that(tmp_path: Path) -> None:
+    model = tiny.quantized(tiny.llama(), modules_to_save=["gate_proj", "layers.1.mlp"])
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, SavedModule)]
+    assert wrapped == ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp"]
+    qlora.save_adapter(tiny.randomize_adapter(model), tmp_path)
+    other = tiny.quantized(tiny.llama(), target_modules=None)
+    with pytest.raises(ValueError, match="the adapter is for another model"):
+        qlora.load_adapter(other, tmp_path)  # these modules are in 4 bits there
+    other = tiny.llama()
+    qlora.quantize_model(other, qlora.adapter_files.read_config(tmp_path))
+    qlora.load_adapter(other, tmp_path)
+    assert torch.equal(tiny.logits(other, IDS), tiny.logits(model, IDS))
+
+
+def test_what_cannot_be_trained_whole_is_refused() -> None:
+    """Before anything changes."""
+    model = tiny.llama()
+    before = model.state_dict().keys()
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.act_fn has no parameters"):
+        tiny.quantized(model, modules_to_save=["act_fn"])
+    assert model.state_dict().keys() == before
+    model = tiny.quantized(tiny.llama(), modules_to_save=["lm_head"])
+    before = model.state_dict().keys()
+    for name in ("layers.0.mlp", "layers.1.mlp.up_proj"):
+        config = qlora.QLoRAConfig(target_modules=["q_proj"], modules_to_save=[name])
+        with pytest.raises(ValueError, match=r"is quantized, or has adapters"):
+            qlora.add_adapter(model, config, "b")
+    assert model.state_dict().keys() == before
+    qlora.add_adapter(model, qlora.QLoRAConfig(modules_to_save=["lm_head"]), "b")
+    assert list(model.lm_head.adapters) == ["default", "b"]
+
+
+def test_a_module_with_buffers_is_filled(tmp_path: Path) -> None:
+    """As a norm over the batch has, which a file holds too."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8)))
+    qlora.quantize_model(model, qlora.QLoRAConfig(rank=2, modules_to_save=["1"]))
+    qlora.save_adapter(model, tmp_path)
+    expected = copy.deepcopy(model.state_dict())
+    model(torch.randn(4, 64))
+    assert not torch.equal(model.state_dict()["1.adapters.default.1.running_mean"], torch.zeros(8))
+    qlora.load_adapter(model, tmp_path)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+def test_a_new_adapter_stays_out_of_what_is_trained_whole() -> None:
+    """Whose parts are no layers of the model's."""
+    model = tiny.quantized(tiny.llama(), modules_to_save=["lm_head", "layers.1"])
+    qlora.add_adapter(model, qlora.QLoRAConfig(target_modules=".*"), "b")
+    layers = [name for name, module in model.named_modules() if hasattr(module, "lora_a")]
+    assert layers
+    assert all(name.startswith("model.layers.0.") for name in layers)
+    with pytest.raises(ValueError, match=r"lm_head.* matches none of"):
+        qlora.add_adapter(model, qlora.QLoRAConfig(target_modules=["lm_head.original"]), "c")
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_tied_embeddings(saved: list[str], tmp_path: Path) -> None:
+    """transformers ties and saves them by name, as each checkpoint of its Trainer does."""
+    model = tiny.llama(tie_word_embeddings=True)
+    ties = copy.deepcopy(model.all_tied_weights_keys)
+    expected = tiny.logits(model, IDS)
+    qlora.quantize_model(model, qlora.QLoRAConfig(format=None, rank=2, modules_to_save=saved))
+    model.save_pretrained(tmp_path / "adapted")
+    model.tie_weights()
+    original = getattr(model.lm_head, "original", model.lm_head).weight
+    assert (
+        original is getattr(model.model.embed_tokens, "original", model.model.embed_tokens).weight
+    )
+    assert torch.equal(tiny.logits(model, IDS), expected)
+    qlora.set_adapter(model, None)
+    qlora.merge(model)
+    assert model.all_tied_weights_keys == ties == dict(model._tied_weights_keys)
+    model.save_pretrained(tmp_path / "merged")
+    model.tie_weights()
+    assert torch.equal(tiny.logits(type(model).from_pretrained(tmp_path / "merged"), IDS), expected)

@@ -55,6 +55,7 @@ TESTED_BY = {
     "qlora/folder_config.py": "test_model_folders.py",
     "qlora/generate.py": "test_cli.py",
     "qlora/placing.py": "test_loading.py",
+    "qlora/model_parts.py": "test_modules.py",
     "qlora/originals.py": "test_merging.py",
     "qlora/pretrained.py": "test_cli.py",
     "qlora/progress.py": "test_train.py",
@@ -212,10 +213,15 @@ def test_the_face_is_complete() -> None:
     names = {alias.name for node in imports for alias in node.names}
     assert isinstance(contents, ast.Assign)
     assert set(ast.literal_eval(contents.value)) == names
-    assert {
-        *("QuantizedTensor", "quantize_4bit", "dequantize_4bit", "QLoRAConfig", "QLoRALinear"),
-        *("qlora_linear", "quantize_model", "save_adapter", "load_adapter", "merge"),
-    } <= names
+    assert names == {
+        *("QLoRAConfig", "quantize_model", "load_quantized", "QuantizationReport"),
+        *("QLoRALinear", "LoRALinear", "qlora_linear"),
+        *("QuantizedTensor", "quantize_4bit", "dequantize_4bit", "register_format"),
+        *("add_adapter", "combine_adapters", "delete_adapter", "adapter_names", "adapter_bytes"),
+        *("set_adapter", "use_adapter", "active_adapters", "disable_adapters", "enable_adapters"),
+        *("save_adapter", "load_adapter", "merge", "requantize"),
+        *("PagedAdamW", "loraplus_groups"),
+    }
 
 
 # --- Every source file ------------------------------------------------------------------------------
