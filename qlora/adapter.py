@@ -197,6 +197,11 @@ class AdapterHost(nn.Module):
         }
 
 
+def is_converted(model: nn.Module) -> bool:
+    """Whether anything in the model can hold adapters: its base is frozen then."""
+    return any(isinstance(module, AdapterHost) for module in model.modules())
+
+
 def _in_words(selection: _Selection) -> str:
     active, rows, enabled = selection
     if not enabled:

@@ -25,53 +25,36 @@ def check_has_values(model: nn.Module) -> None:
 
 def check_layers(path: Path, model: nn.Module, stored: StoredAdapter) -> None:
     """Whether the model has what the adapter is for, of the same shapes."""
-    extra = [key_of(name, "lora_a") for name in stored.layers if layer_shape(model, name) is None]
-    modules = {plain_name(name): module for name, module in model.named_modules()}
+    modules = _plain_modules(model)
+    sizes = {name: layer_shape(model, name) for name in stored.layers}
+    extra = [key_of(name, "lora_a") for name, size in sizes.items() if size is None]
     extra += [
-        key_of(name, next(iter(stored.saved[name]))) for name in stored.saved if name not in modules
+        key_of(name, next(iter(parts)))
+        for name, parts in stored.saved.items()
+        if name not in modules
     ]
-    extra += [f"{name}" for name in stored.brought if name not in modules]
+    extra += [name for name in stored.brought if name not in modules]
     _raise_mismatch(path, (), extra)
     for name, parts in stored.layers.items():
-        n, k = layer_shape(model, name)
-        rank = parts["lora_a"].shape[0]
+        (n, k), rank = sizes[name], parts["lora_a"].shape[0]
         shapes = {"lora_a": (rank, k), "lora_b": (n, rank), "magnitude": (n,)}
         for factor, value in parts.items():
             _check_shape(path, key_of(name, factor), value, shapes[factor])
     for name, values in stored.saved.items():
-        module = modules[name]
-        expected = (module.original if isinstance(module, SavedModule) else module).state_dict()
-        _raise_mismatch(
-            path,
-            [key_of(name, key) for key in expected.keys() - values.keys()],
-            [key_of(name, key) for key in values.keys() - expected.keys()],
-        )
+        expected = modules[name].state_dict()
+        _check_keys(path, {name: expected}, {name: values})
         for key, value in values.items():
             _check_shape(path, key_of(name, key), value, tuple(expected[key].shape))
 
 
 def check_same(path: Path, model: nn.Module, stored: StoredAdapter, name: str) -> None:
     """Whether the model's adapter has the same layers, ranks and modules."""
-    own: dict[str, Mapping[str, Tensor]] = {}
-    for where, host in hosts(model).items():
-        if name in host.adapters:
-            own[where] = host.adapters[name].state_dict()
-    given = {**stored.layers, **stored.saved}
-    _raise_mismatch(
-        path,
-        [
-            key_of(layer, factor)
-            for layer in own
-            for factor in own[layer]
-            if factor not in given.get(layer, {})
-        ],
-        [
-            key_of(layer, factor)
-            for layer in given
-            for factor in given[layer]
-            if factor not in own.get(layer, {})
-        ],
-    )
+    own = {
+        where: host.adapters[name].state_dict()
+        for where, host in hosts(model).items()
+        if name in host.adapters
+    }
+    _check_keys(path, own, {**stored.layers, **stored.saved})
     for layer, parts in stored.layers.items():
         ranks = parts["lora_a"].shape[0], own[layer]["lora_a"].shape[0]
         if ranks[0] != ranks[1]:
@@ -79,6 +62,24 @@ def check_same(path: Path, model: nn.Module, stored: StoredAdapter, name: str) -
                 f"{path.parent}: the adapter has rank {ranks[0]}, the model's {name!r} has {ranks[1]} "
                 f"({layer}): load it under another name, or delete_adapter(model, {name!r}) first"
             )
+
+
+def _plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules by name, the original in place of one that is trained whole."""
+    return {
+        plain_name(name): module.original if isinstance(module, SavedModule) else module
+        for name, module in model.named_modules()
+    }
+
+
+def _check_keys(
+    path: Path, own: Mapping[str, Mapping[str, Tensor]], given: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Whether the same modules have the same tensors."""
+    mine, theirs = (
+        {key_of(m, k) for m, parts in some.items() for k in parts} for some in (own, given)
+    )
+    _raise_mismatch(path, mine - theirs, theirs - mine)
 
 
 def _raise_mismatch(path: Path, missing: Iterable[str], extra: Iterable[str]) -> None:
@@ -95,12 +96,9 @@ def _check_shape(path: Path, key: str, value: Tensor, shape: tuple[int, ...]) ->
 
 def check_brought(path: Path, model: nn.Module, brought: Mapping[str, Tensor]) -> None:
     """PEFT puts embeddings beside an adapter that was trained on a model with other ones."""
-    modules = {plain_name(name): module for name, module in model.named_modules()}
+    modules = _plain_modules(model)
     for name, value in brought.items():
-        module = modules[name]
-        own = getattr(
-            module.original if isinstance(module, SavedModule) else module, "weight", None
-        )
+        own = getattr(modules[name], "weight", None)
         same = isinstance(own, Tensor) and own.shape == value.shape
         if not same or not torch.equal(value.to(own), own):
             raise ValueError(

@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from qlora import files, peft_format
-from qlora.adapter import DEFAULT, Adapter, Start
+from qlora.adapter import DEFAULT, Adapter, Start, is_converted
 from qlora.adapter_checks import check_brought, check_has_values, check_layers, check_same
 from qlora.adapter_settings import adapted_layers, adapter_config, saved_modules
 from qlora.adapters import (
     adapter_names,
+    adapter_parameters,
     as_lora_layer,
     check_new_name,
     hosts,
@@ -34,6 +35,7 @@ from qlora.experts import stack_sizes
 from qlora.fingerprint import base_fingerprint, common_base
 from qlora.kernels.user_formats import check_stored, stored_codebook
 from qlora.peft_format import CONFIG, WEIGHTS, StoredAdapter
+from qlora.report import model_bytes
 from qlora.saved_modules import as_saved_module
 from qlora.targets import pattern_name
 
@@ -134,18 +136,11 @@ def _with_own(
 def adapter_bytes(model: nn.Module, name: str | None = None) -> tuple[int, int]:
     """The bytes of an adapter's values, and of all that it needs of its model: the base, as it is in memory."""
     name = sole_adapter(model, name)
-    own = {
-        id(p): p
-        for h in hosts(model).values()
-        if name in h.adapters
-        for p in h.adapters[name].parameters()
+    sizes = {
+        own: sum(parameter.nbytes for parameter in adapter_parameters(model, own).values())
+        for own in adapter_names(model)
     }
-    others = {
-        id(p): p for h in hosts(model).values() for a in h.adapters.values() for p in a.parameters()
-    }
-    tensors = {id(t): t for group in (model.parameters(), model.buffers()) for t in group}
-    base = sum(tensor.nbytes for key, tensor in tensors.items() if key not in others)
-    return sum(parameter.nbytes for parameter in own.values()), base
+    return sizes[name], model_bytes(model) - sum(sizes.values())
 
 
 # --- Reading ----------------------------------------------------------------------------------------
@@ -168,6 +163,8 @@ def _read_base(path: Path) -> dict[str, Any]:
 
 def _add(model: nn.Module, stored: StoredAdapter, name: str) -> None:
     settings, stacks = stored.settings, stack_sizes(model)
+    if not is_converted(model):  # else its base is frozen
+        model.requires_grad_(False)
     for where, parts in stored.layers.items():
         layer = as_lora_layer(model, where)
         tensors = {

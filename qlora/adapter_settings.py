@@ -13,6 +13,7 @@ from qlora.experts import stack_sizes
 from qlora.fingerprint import common_base, same_settings
 from qlora.lora_layer import LoRALayer
 from qlora.peft_format import integral, patterns
+from qlora.quantized import dtype_name
 from qlora.saved_modules import SavedModule
 
 
@@ -87,5 +88,5 @@ def _of_adapter(adapter: Adapter) -> dict[str, Any]:
         "rslora": adapter.rslora,
         "dora": adapter.magnitude is not None,
         "dropout": adapter.dropout,
-        "adapter_dtype": str(adapter.lora_a.dtype).removeprefix("torch."),
+        "adapter_dtype": dtype_name(adapter.lora_a.dtype),
     }

@@ -6,7 +6,7 @@ The base is never changed by any of this, and answers as before where no adapter
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 
@@ -30,6 +30,7 @@ from qlora.targets import (
 )
 
 Selection = str | Mapping[str, float] | None
+Hosts = Mapping[str, AdapterHost]
 
 
 def hosts(model: nn.Module) -> dict[str, AdapterHost]:
@@ -53,23 +54,31 @@ def _found_hosts(model: nn.Module) -> dict[str, AdapterHost]:
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the model's adapters, in the order in which they came."""
-    names = (name for host in _found_hosts(model).values() for name in host.adapters)
-    return tuple(dict.fromkeys(names))
+    return _names(_found_hosts(model))
+
+
+def _names(found: Hosts) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for host in found.values() for name in host.adapters))
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters in use."""
-    return tuple(dict.fromkeys(name for host in hosts(model).values() for name in host.active))
+    return _active(hosts(model))
+
+
+def _active(found: Hosts) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for host in found.values() for name in host.active))
 
 
 def sole_adapter(model: nn.Module, name: str | None = None) -> str:
     """`name`, if the model has such an adapter; without one, that of the one adapter in use."""
+    found = hosts(model)
     if name is not None:
-        _check_known(model, [name])
+        _check_known(found, [name])
         return name
-    active = active_adapters(model)
+    active = _active(found)
     if len(active) != 1:
-        known = ", ".join(adapter_names(model)) or "none"
+        known = ", ".join(_names(found)) or "none"
         used = ", ".join(active) or "none"
         raise ValueError(
             f"model must have one adapter in use: call set_adapter(model, name); in use are {used}, "
@@ -92,8 +101,9 @@ def set_adapter(model: nn.Module, adapter: Selection) -> None:
     Raises:
         ValueError: no adapter of that name; or a weighted sum of what has none, as DoRA and whole modules.
     """
-    weights = _weights(model, adapter)
-    for host in hosts(model).values():
+    found = hosts(model)
+    weights = _selection(found, adapter)
+    for host in found.values():
         host.choose(weights)
 
 
@@ -110,14 +120,14 @@ def use_adapter(model: nn.Module, adapter: Selection | Sequence[str | None]) -> 
     Raises:
         ValueError: as `set_adapter`; and by a layer, where its input does not have those rows.
     """
-    rows = None
+    found, rows = hosts(model), None
     if isinstance(adapter, Sequence) and not isinstance(adapter, str):
         rows = tuple(adapter)
-        _check_known(model, [name for name in rows if name is not None])
+        _check_known(found, [name for name in rows if name is not None])
         adapter = None
-    weights = _weights(model, adapter)
-    with _restored(model) as found:
-        for host in found:
+    weights = _selection(found, adapter)
+    with _restored(found):
+        for host in found.values():
             host.select(weights, rows)
             host.adapter_enabled = True
         yield
@@ -126,8 +136,9 @@ def use_adapter(model: nn.Module, adapter: Selection | Sequence[str | None]) -> 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Hear the base alone within a `with` block."""
-    with _restored(model) as found:
-        for host in found:
+    found = hosts(model)
+    with _restored(found):
+        for host in found.values():
             host.adapter_enabled = False
         yield
 
@@ -143,21 +154,23 @@ def enable_adapters(model: nn.Module, enabled: bool = True) -> None:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[list[AdapterHost]]:
+def _restored(found: Hosts) -> Iterator[None]:
     """Afterwards all is in use that was before, as far as it is still there; a set_adapter within is undone."""
-    found = list(hosts(model).values())
-    before = [(host.active, host.rows, host.adapter_enabled, host.chosen) for host in found]
+    before = [
+        (host, host.active, host.rows, host.adapter_enabled, host.chosen) for host in found.values()
+    ]
     try:
-        yield found
+        yield
     finally:
-        for host, (active, rows, enabled, chosen) in zip(found, before, strict=True):
+        for host, active, rows, enabled, chosen in before:
             if host.chosen is not chosen:
                 host.choose(chosen)
             host.select(active, rows)
             host.adapter_enabled = enabled
 
 
-def _weights(model: nn.Module, adapter: Selection) -> dict[str, float]:
+def _selection(found: Hosts, adapter: Selection) -> dict[str, float]:
+    """The weight of each adapter to use, by name."""
     if adapter is None:
         return {}
     if not isinstance(adapter, (str, Mapping)):
@@ -166,42 +179,45 @@ def _weights(model: nn.Module, adapter: Selection) -> dict[str, float]:
             " (for rows use use_adapter)"
         )
     weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
-    _check_known(model, weights)
+    _check_weights(found, weights)
+    if list(weights.values()) != [1.0] * min(len(weights), 1):
+        _check_summable(found, weights)
+    return weights
+
+
+def _check_weights(found: Hosts, weights: Mapping[str, float]) -> None:
+    _check_known(found, weights)
     for name, weight in weights.items():
         if not isinstance(weight, Real) or isinstance(weight, bool):
             raise TypeError(f"the weight of adapter {name!r} must be a number; got {weight!r}")
         if not math.isfinite(weight):
             raise ValueError(f"the weight of adapter {name!r} must be finite; got {weight}")
-    if list(weights.values()) != [1.0] * min(len(weights), 1):
-        _check_summable(model, weights)
-    return weights
 
 
-def _check_known(model: nn.Module, names: Sequence[str] | Mapping[str, float]) -> None:
-    hosts(model)  # a model that was not converted has a message of its own
-    known = adapter_names(model)
+def _check_known(found: Hosts, names: Iterable[str]) -> None:
+    known = _names(found)
     for name in names:
         if name not in known:
             listed = ", ".join(known) or "none"
             raise ValueError(f"no adapter {name!r} in the model; it has {listed}")
 
 
-def _check_summable(model: nn.Module, weights: Mapping[str, float]) -> None:
+def _check_summable(found: Hosts, weights: Mapping[str, float]) -> None:
     """A weighted sum takes plain LoRA: what DoRA or a whole module computes is no sum."""
-    for where, host in hosts(model).items():
-        found = [host.adapters[name] for name in weights if name in host.adapters]
-        used = ", ".join(weights)
-        if isinstance(host, SavedModule) and found:
+    used = ", ".join(weights)
+    for where, host in found.items():
+        parts = [host.adapters[name] for name in weights if name in host.adapters]
+        if isinstance(host, SavedModule) and parts:
             raise ValueError(f"{used}: {where} is trained whole, of which there is no weighted sum")
-        if any(adapter.magnitude is not None for adapter in found):
+        if any(adapter.magnitude is not None for adapter in parts):
             raise ValueError(
                 f"{used}: {where} has a DoRA adapter, of which there is no weighted sum"
             )
-        if len({adapter.dropout for adapter in found}) > 1:
+        if len({adapter.dropout for adapter in parts}) > 1:
             raise ValueError(
                 f"{used}: adapters in use together must have the same dropout ({where})"
             )
-        if (rank := sum(adapter.rank for adapter in found)) > MAX_RANK:
+        if (rank := sum(adapter.rank for adapter in parts)) > MAX_RANK:
             raise ValueError(
                 f"{used}: their ranks come to {rank} in {where}, of {MAX_RANK} that are allowed"
             )
@@ -263,8 +279,6 @@ def as_lora_layer(model: nn.Module, name: str) -> LoRALayer:
     module = model.get_submodule(name)
     if isinstance(module, LoRALayer):
         return module
-    if not _found_hosts(model):
-        model.requires_grad_(False)
     if layer_shape(model, name) is None:
         raise ValueError(f"{name} is a {type(module).__name__}; adapters are for linear layers")
     layer = LoRALinear(module).train(module.training)
@@ -292,8 +306,9 @@ def layer_shape(model: nn.Module, name: str) -> tuple[int, int] | None:
 
 def settle_new(model: nn.Module, name: str) -> None:
     """The first adapter of a model is used at once; others are frozen until they are."""
-    if active_adapters(model) or len(adapter_names(model)) > 1:
-        for host in hosts(model).values():
+    found = hosts(model)
+    if _active(found) or len(_names(found)) > 1:
+        for host in found.values():
             if name in host.adapters:
                 host.adapters[name].requires_grad_(False)
     else:
@@ -302,8 +317,9 @@ def settle_new(model: nn.Module, name: str) -> None:
 
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Drop an adapter and its memory. If it was in use, the rest of what was in use is."""
-    _check_known(model, [name])
-    for host in hosts(model).values():
+    found = hosts(model)
+    _check_known(found, [name])
+    for host in found.values():
         host.remove(name)
 
 
@@ -319,11 +335,12 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     check_new_name(model, name)
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a mapping from names to weights; got {weights!r}")
-    weights = _weights(model, weights)
+    found = hosts(model)
+    _check_weights(found, weights)
     if not weights:
         raise ValueError("weights must name at least one adapter; got none")
-    _check_summable(model, weights)
-    for host in hosts(model).values():
+    _check_summable(found, weights)
+    for host in found.values():
         parts = [(host.adapters[n], w) for n, w in weights.items() if n in host.adapters]
         if parts:
             host.add(name, _side_by_side(parts))

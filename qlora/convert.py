@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence, Set
 import torch
 from torch import nn
 
-from qlora.adapter import DEFAULT, AdapterHost
+from qlora.adapter import DEFAULT, is_converted
 from qlora.config import QLoRAConfig
 from qlora.experts import ExpertLinear, is_experts, place_experts, with_siblings
 from qlora.lora_layer import LoRALayer
@@ -49,7 +49,7 @@ def quantize_model(
         raise ValueError("model must contain its linear layers; for one layer use from_linear")
     if is_experts(model):
         raise ValueError("model must contain its experts; got a module of experts by itself")
-    if any(isinstance(module, AdapterHost) for module in model.modules()):
+    if is_converted(model):
         raise ValueError("model must not have been converted before; it holds LoRA layers already")
     bytes_before = model_bytes(model)
     saved = saved_names(model, config.modules_to_save)

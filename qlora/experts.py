@@ -108,7 +108,10 @@ class QLoRAExperts(nn.Module):
 
     @contextmanager
     def _using(self, name: str | None) -> Iterator[None]:
-        """Within the block, all rows of the batch have this adapter, or none."""
+        """Within the block, all rows of the batch have this adapter, or none.
+
+        Not by `select`: what a recomputed pass is held to is the selection for the rows, which is not another one.
+        """
         before = [(layer, layer.active, layer.rows) for layer in self._layers()]
         try:
             for layer, _, _ in before:

@@ -15,6 +15,11 @@ from qlora.config import QLoRAConfig
 from qlora.functional import without_autocast
 from qlora.model_parts import is_conv1d, weight_shape
 
+Factors = tuple[Tensor | None, Tensor | None, float, float]
+"""A, B, scaling and dropout, as `qlora_linear` takes them."""
+
+NO_FACTORS: Factors = (None, None, 1.0, 0.0)
+
 
 class LoRALayer(AdapterHost):
     """What both linear layers share: their adapters, and how these are added and merged.
@@ -180,15 +185,7 @@ class LoRALayer(AdapterHost):
     # --- Forward ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def _linear(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor | None = None,
-        lora_b: Tensor | None = None,
-        scaling: float = 1.0,
-        dropout: float = 0.0,
-    ) -> Tensor:
+    def _linear(self, x: Tensor, bias: Tensor | None, factors: Factors = NO_FACTORS) -> Tensor:
         """x W^T + bias + scaling * dropout(x) A^T B^T over the base weight."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,8 +196,8 @@ class LoRALayer(AdapterHost):
         if self.rows is not None:
             return self._forward_rows(x)
         if (dora := self._dora()) is None:
-            return self._linear(x, self.bias, *self._factors())
-        y = self._linear(x, None, *self._factors())
+            return self._linear(x, self.bias, self._factors())
+        y = self._linear(x, None, self._factors())
         y = y * self._dora_factor(dora, y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -220,10 +217,10 @@ class LoRALayer(AdapterHost):
             y = y.index_copy(0, rows, z.to(y.dtype))
         return y + self.bias.to(y.dtype) if late_bias and self.bias is not None else y
 
-    def _factors(self) -> tuple[Tensor | None, Tensor | None, float, float]:
-        """A, B, scaling and dropout; a weighted sum of adapters is one adapter, their factors side by side."""
+    def _factors(self) -> Factors:
+        """Of the adapters in use; a weighted sum of adapters is one adapter, their factors side by side."""
         if not self.active:
-            return None, None, 1.0, 0.0
+            return NO_FACTORS
         used = [(self.adapters[name], weight) for name, weight in self.active.items()]
         adapter, weight = used[0]
         dropout = adapter.dropout if self.training else 0.0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qlora.adapter import AdapterHost, Start
+from qlora.adapter import AdapterHost, Start, is_converted
 from qlora.experts import restore_experts
 from qlora.lora_layer import LoRALayer
 from qlora.model_parts import plain_name, rename_ties
@@ -156,9 +156,9 @@ def _share(part: Tensor, whole: Tensor) -> float:
 
 def _layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The converted layers by name; one in two places comes twice."""
-    modules = list(model.named_modules(remove_duplicate=False))
-    if not any(isinstance(module, AdapterHost) for _, module in modules):
+    if not is_converted(model):
         raise ValueError("model must hold QLoRA layers to merge; it has none")
+    modules = model.named_modules(remove_duplicate=False)
     return {plain_name(name): module for name, module in modules if isinstance(module, LoRALayer)}
 
 

@@ -15,7 +15,7 @@ from qlora.adapter import DEFAULT
 from qlora.config import QLoRAConfig
 from qlora.functional import qlora_linear
 from qlora.kernels.user_formats import stored_codebook
-from qlora.lora_layer import LoRALayer
+from qlora.lora_layer import NO_FACTORS, Factors, LoRALayer
 from qlora.model_parts import is_conv1d, weight_shape
 from qlora.quantized import QuantizedTensor, dequantize_4bit
 
@@ -110,8 +110,8 @@ class QLoRALinear(LoRALayer):
         """Where the base weight is."""
         return self.packed.device
 
-    def _linear(self, x: Tensor, bias: Tensor | None, *adapter: Any) -> Tensor:
-        return qlora_linear(x, self.weight, bias, *adapter)
+    def _linear(self, x: Tensor, bias: Tensor | None, factors: Factors = NO_FACTORS) -> Tensor:
+        return qlora_linear(x, self.weight, bias, *factors)
 
     def extra_repr(self) -> str:
         scales = self.scale_format or "fp32"
@@ -199,16 +199,9 @@ class LoRALinear(LoRALayer):
         """Where the base weight is."""
         return self.weight.device
 
-    def _linear(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor | None = None,
-        lora_b: Tensor | None = None,
-        scaling: float = 1.0,
-        dropout: float = 0.0,
-    ) -> Tensor:
+    def _linear(self, x: Tensor, bias: Tensor | None, factors: Factors = NO_FACTORS) -> Tensor:
         y = F.linear(x, self.weight, bias)
+        lora_a, lora_b, scaling, dropout = factors
         if lora_a is None:
             return y
         h = F.linear(F.dropout(x, dropout), lora_a.to(x.dtype))

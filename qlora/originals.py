@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from qlora.adapter import AdapterHost
+from qlora.adapter import is_converted
 from qlora.experts import expert_linears, is_experts, split_stacked
 from qlora.loading import open_folder
 from qlora.model_parts import is_conv1d
@@ -37,7 +37,7 @@ def of_model(model: nn.Module) -> dict[str, Original]:
     Raises:
         ValueError: the model has been quantized, or holds adapters.
     """
-    if any(isinstance(module, AdapterHost) for module in model.modules()):
+    if is_converted(model):
         raise ValueError("onto must be a dense model without adapters; it has been converted")
     return _originals(model, model.get_parameter)
 
