@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 HF = ["transformers>=5.17", "safetensors>=0.5", "tokenizers>=0.22", "tqdm>=4.60"]
-REPRO = [*HF, "accelerate>=1.0", "gguf>=0.17", "matplotlib>=3.8"]
+REPRO = [*HF, "accelerate>=1.0", "gguf>=0.17", "matplotlib>=3.8", "scipy>=1.11", "markdown>=3.5"]
 TRAINERS = ["trl>=1.0", "datasets>=4.0"]
 PEERS = ["bitsandbytes>=0.49", "peft>=0.18", "torchao>=0.18"]
 

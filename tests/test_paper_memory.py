@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from paper_repro import lora_inputs, memory, one_step
+from paper_repro import figure6, memory
 from paper_repro.__main__ import main
-from paper_repro.lab import Lab
+from paper_repro.harness.experiment import IN_TREND, NOT_REPRODUCED, NOT_RUN, REPRODUCED
+from paper_repro.harness.lab import Lab
+from paper_repro.measures import lora_inputs, one_step
 from qlora import shapes
 from qlora.memory import CUBLAS_WORKSPACE, plan_memory
 from tests import paper
+from tests.paper_results import memory as results
 
 NAME = "llama-7b"
 
@@ -68,19 +72,21 @@ def test_adapters_inputs_at_once() -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_run_is_kept_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "OUT", tmp_path)
-    lab = Lab(tmp_path / "cache")
+def test_a_run_is_kept_and_shown(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "cache", tmp_path / "out")
+    lab.device = torch.device("cpu")
     assert memory.run(lab)["runs"] == {}
-    path = memory.take_step("7b")
+    path = memory.take_step(lab, "7b")
+    assert path.parent == lab.out
     assert json.loads(path.read_text())["measured_on"]["commit"]
     result = memory.run(lab)
-    totals = [memory._total(result["models"][size]) for size in memory.FIGURE6]
+    totals = [figure6.total(result["models"][size]) for size in figure6.FIGURE6]
     assert totals == sorted(set(totals)), "each size is planned, and with its own shapes"
-    assert memory.section(result).count("extrapolated)") == 1
-    assert "with other code" not in memory.section(result)
+    section = memory.EXPERIMENT.section
+    assert section(result).count("extrapolated)") == 1
+    assert "with other code" not in section(result)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"code": "another"}))
-    assert "with other code" in memory.section(memory.run(lab))
+    assert "with other code" in section(memory.run(lab))
 
 
 def test_a_gpus_run_is_preferred(tmp_path: Path) -> None:
@@ -90,7 +96,67 @@ def test_a_gpus_run_is_preferred(tmp_path: Path) -> None:
     assert memory._runs(tmp_path)["65b"]["on_gpu"]
 
 
+@pytest.mark.usefixtures("small")
+def test_a_full_run_on_a_gpu_takes_the_steps_it_has_room_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taken, room = [], 24 * 2**30
+
+    def step(name: str, device: torch.device) -> dict[str, Any]:
+        taken.append(name)
+        return {"on_gpu": True, "steps": [], "peak_bytes": 1, "depth": 2}
+
+    plans = {"7b": 6, "13b": 10, "33b": 23, "65b": 44}  # GB
+    planned = {"models": {size: {"weights": n * 10**9} for size, n in plans.items()}}
+    monkeypatch.setattr(memory, "_plan", lambda: planned)
+    monkeypatch.setattr(one_step, "run", step)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, room))
+    for full, kind, expected in (
+        (False, "cuda", []),
+        (True, "cpu", []),
+        (True, "cuda", ["llama-7b", "llama-13b", "llama-33b"]),
+        (True, "cuda", []),  # a second time, all are there
+    ):
+        lab = Lab(tmp_path / "cache", tmp_path / "out", full=full)
+        lab.device = torch.device(kind)
+        memory.run(lab)
+        assert taken == expected
+        taken.clear()
+
+
 def test_run_goes_with_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
     for names in ([], ["bits"], ["memory", "bits"]):
         assert main([*names, "--run"]) == 2
         assert "--run goes with the experiment memory alone" in capsys.readouterr().err
+
+
+# --- What is judged, by fixed results ---------------------------------------------------------------
+
+
+def test_what_needs_a_gpu_is_not_run_without_one() -> None:
+    result = results.passing()
+    for run in result["runs"].values():
+        run["on_gpu"] = False
+    without = [REPRODUCED, NOT_RUN, NOT_RUN, REPRODUCED, IN_TREND]
+    assert [claim.verdict(result) for claim in memory.CLAIMS] == without
+    assert figure6.section(result).count("extrapolated") == 4
+    result["runs"] = {}
+    assert [claim.verdict(result) for claim in memory.CLAIMS] == without
+    assert "No step was run" in figure6.section(result)
+
+
+def test_a_run_with_other_code_proves_nothing() -> None:
+    result = results.passing()
+    for run in result["runs"].values():
+        run["is_stale"] = True
+    assert [claim.verdict(result) for claim in memory.CLAIMS][1:3] == [NOT_RUN, NOT_RUN]
+    assert "with other code than this report's" in figure6.section(result)
+
+
+def test_one_model_beyond_its_limit_is_enough() -> None:
+    result, claim = results.passing(), memory.CLAIMS[1]
+    del result["runs"]["33b"]
+    assert claim.verdict(result) == NOT_RUN
+    assert "44.30 GB; needs a GPU: `memory --model 33b --run`" in claim.measured(result)
+    result["runs"]["65b"]["peak_bytes"] = 48 * 10**9
+    assert claim.verdict(result) == NOT_REPRODUCED

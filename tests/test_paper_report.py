@@ -1,307 +1,305 @@
-"""Numbers, criteria that can fail, and the report, from fixed results."""
+"""The report and its page, from fixed results of all experiments."""
 
 from __future__ import annotations
 
-import copy
+import importlib.util
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from paper_repro import (
-    bits,
-    datatypes,
-    finetune,
-    perplexity,
-    report,
-)
-from paper_repro.experiment import NOT_REPRODUCED, NOT_RUN, REPRODUCED
-from paper_repro.registry import EXPERIMENTS
-from qlora import files, shapes
-from qlora.kernels.formats import FORMATS
-from tests import tiny
+from paper_repro.harness import draw, errata, out_of_reach, page, published, report
+from paper_repro.harness.experiment import IN_TREND, NOT_REPRODUCED, NOT_RUN, REPRODUCED, VERDICTS
+from paper_repro.harness.lab import Lab
+from paper_repro.harness.registry import EXPERIMENTS
+from qlora import files
+from qlora.__main__ import _parser
+from tests import pages
 
-
-def test_nf4_follows_from_normal_quantiles() -> None:
-    expected = sorted(FORMATS["nf4"].values)
-    assert datatypes.nf4_from_quantiles() == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "base", "lora"),
-    [
-        ("7B", 3_865_592_704, 159_907_840),
-        ("13B", 7_201_419_360, 250_347_520),
-        ("33B", 17_414_091_152, 487_587_840),
-        ("65B", 34_458_929_344, 799_539_200),
-    ],
-)
-def test_bytes_of_llama(name: str, base: int, lora: int) -> None:
-    hidden, layers, _, feed_forward = shapes.LLAMA[f"llama-{name.lower()}"]
-    assert bits.llama_bytes(hidden, layers, feed_forward) == base
-    assert 64 * layers * (8 * hidden + 3 * (hidden + feed_forward)) == lora
-
-
-def test_bytes_count_short_blocks() -> None:
-    assert bits.quantized_bytes(64 * 256 + 1) == 8193 + 257 + 4 * 2 + 4
-
-
-def test_the_gap_is_paired() -> None:
-    one = {"nll": 3.0, "parts": [(2.0, 10), (4.0, 10)]}
-    other = {"nll": 2.5, "parts": [(1.5, 10), (3.5, 10)]}
-    assert perplexity.gap(one, other) == (0.5, 0.0)
-
-
-def test_perplexity_weights_parts_by_their_tokens() -> None:
-    network, examples = tiny.llama(), tiny.examples(count=5)
-    apart = perplexity.measure(network, [[example] for example in examples], "apart")
-    together = perplexity.measure(network, [examples], "together")
-    assert apart["tokens"] == together["tokens"]
-    assert apart["nll"] == pytest.approx(together["nll"], rel=1e-5)
-
-
-def _measured(ppl: float, **more: Any) -> dict[str, Any]:
-    nll = torch.tensor(ppl).log().item()
-    return {"nll": nll, "perplexity": ppl, "tokens": 8176, "parts": [(nll, 4088)] * 2, **more}
-
-
-def _sizes(hidden: int, layers: int, feed_forward: int) -> dict[str, int]:
-    linear = layers * (4 * hidden**2 + 3 * hidden * feed_forward)
-    matrices = [hidden**2] * 4 + [hidden * feed_forward] * 3
-    quantized = layers * sum(bits.quantized_bytes(numel) for numel in matrices)
-    return {
-        "parameters": linear,
-        "linear_parameters": linear,
-        "linear_bytes": quantized,
-        "formula_bytes": quantized,
-        "base_bytes": bits.llama_bytes(hidden, layers, feed_forward),
-        "lora_parameters": 64 * layers * (8 * hidden + 3 * (hidden + feed_forward)),
-    }
-
-
-def _memory() -> dict[str, Any]:
-    """What the planner says of two parts of each model, and runs on a GPU that agree."""
-    totals = {"7b": 6e9, "13b": 10e9, "33b": 23.5e9, "65b": 44.3e9}
-    parts = dict.fromkeys(("scales", "dense", "adapters", "gradients", "activations"), 0)
-    parts |= {"temporaries": 0, "optimizer": int(1e9), "parameters": 65_285_660_672}
-    step = {"layers": 80, "step_seconds": 9.5, "resident_bytes": 3 << 30}
-    origin = {"device": "a GPU", "commit": "abc"}
-    runs = {
-        size: {
-            "on_gpu": True,
-            "depth": 80,
-            "peak_bytes": int(total),
-            "steps": [{**step, "peak_bytes": int(total), "planned_bytes": int(1.01 * total)}],
-            "measured_on": origin,
-            "is_stale": False,
-        }
-        for size, total in totals.items()
-    }
-    models = {size: {**parts, "weights": int(total - 1e9)} for size, total in totals.items()}
-    inputs = {"without": 567, "with": 18}
-    single = [47_490_000_000, 48_200_000_000]
-    return {"models": models, "65b in fp32": single, "inputs": inputs, "runs": runs}
-
-
-def passing_results() -> dict[str, Any]:
-    """A result of each experiment in which every claim holds."""
-    mse = {"nf4": 0.00846, "e2m1": 0.0112, "int4": 0.0116, "fp4": 0.0149, "e3m0": 0.0354}
-    llamas = {
-        name.replace("llama", "LLaMA").replace("b", "B"): _sizes(hidden, layers, feed_forward)
-        for name, (hidden, layers, _, feed_forward) in shapes.LLAMA.items()
-    }
-    variants = {"base": 18.2, "nf4": 23.4, "nf4+dq": 23.4, "fp4": 26.8, "int4": 27.2, "e2m1": 25.5}
-    words = {"samples": ["some words | and more\nwords"]}
-    trained = {
-        **words,
-        "losses": [3.0, 2.5, 2.4],
-        "step_seconds": 1.5,
-        "tokens_trained": 30000,
-        "adapter_bytes": 19_600_000,
-        "adapter_parameters": 4_884_480,
-        "base_parameters": 134_515_008,
-    }
-    return {
-        "datatypes": {
-            "draws": 4_000_000,
-            "blocksize": 64,
-            "seed": 0,
-            "mse": {**mse, "nf4+dq": 0.008463},
-            "mean_square": 1.0,
-            "nf4_deviation": 2e-7,
-            "codebooks": {name: [-1.0, 0.0, 1.0] for name in datatypes.LABELS},
-        },
-        "bits": {"bits": {"nf4": 4.5, "nf4+dq": 4.126955}, "models": llamas},
-        "memory": _memory(),
-        "table2": {
-            "model": "a model",
-            "blocksize": 64,
-            "perplexity": {
-                name: _measured(value, weight_rmse=0.09)
-                for name, value in {**variants, "e3m0": 45.0}.items()
-            },
-        },
-        "finetune": {
-            "model": "a model",
-            "base_folder": "/cache/model",
-            "task": "WordNet definitions",
-            "examples": 1600,
-            "seed": 0,
-            "lora": {"rank": 16},
-            "recipe": {"steps": 100, "micro_batch_size": 16, "learning_rate": 1e-3},
-            "prompts": ["Define the noun: stork\nDefinition:"],
-            "answers": ["large mostly Old World wading birds"],
-            "arms": {
-                "dense": {"before": _measured(49.8, **words), "after": _measured(15.3, **trained)},
-                "nf4+dq": {
-                    "before": _measured(74.0, **words),
-                    "after": _measured(17.0, **trained),
-                    "merged": _measured(17.01),
-                    "onto_original": _measured(16.2),
-                    "requantized": _measured(70.0, error=0.006, adapter=0.005, kept=0.01),
-                    "requantized_onto_original": _measured(
-                        17.3, error=0.09, adapter=0.005, kept=0.99
-                    ),
-                },
-            },
-        },
-    }
-
-
-def _set(*path: str, to: Any) -> Callable[[Any], None]:
-    def change(result: Any) -> None:
-        for key in path[:-1]:
-            result = result[key]
-        result[path[-1]] = to
-
-    return change
-
-
-# What makes each claim fail, in the order of the claims; None where there is nothing to fail.
-BREAKING: dict[str, list[Callable[[Any], None] | None]] = {
-    "datatypes": [
-        _set("nf4_deviation", to=2e-6),
-        _set("mse", "int4", to=0.0084),
-        _set("mse", "nf4+dq", to=0.00855),
-    ],
-    "bits": [
-        _set("bits", "nf4+dq", to=4.25),
-        _set("models", "LLaMA-13B", "base_bytes", to=7_201_419_361),
-        _set("models", "LLaMA-65B", "base_bytes", to=40e9),
-        _set("models", "LLaMA-7B", "lora_parameters", to=159_907_841),
-    ],
-    "memory": [
-        _set("models", "65b", "weights", to=47_100_000_000),
-        _set("runs", "33b", "peak_bytes", to=24 * 2**30),
-        _set("runs", "7b", "steps", to=[{"peak_bytes": 94, "planned_bytes": 100}]),
-        _set("models", "65b", "parameters", to=65e9),
-        _set("inputs", "with", to=30),
-    ],
-    "table2": [
-        _set("perplexity", "int4", "perplexity", to=23.3),
-        _set("perplexity", "nf4+dq", "perplexity", to=23.6),
-        None,
-    ],
-    "finetune": [
-        _set("arms", "nf4+dq", "after", "nll", to=3.7),
-        _set("arms", "nf4+dq", "after", "nll", to=2.9),
-        None,
-        _set("arms", "nf4+dq", "merged", "perplexity", to=17.5),
-    ],
+ORIGIN = {
+    "device": "a processor",
+    "cores": 2,
+    "python": "3.12",
+    "torch": "2.13",
+    "transformers": "5.23",
+    "commit": "abc",
 }
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_each_criterion_passes_and_can_fail(name: str) -> None:
-    result, claims = passing_results()[name], EXPERIMENTS[name].claims
-    for claim, break_it in zip(claims, BREAKING[name], strict=True):
-        assert claim.verdict(None) == NOT_RUN
-        if break_it is None:
-            assert claim.passes is None
-            continue
-        assert claim.verdict(result) == REPRODUCED, claim.statement
-        broken = copy.deepcopy(result)
-        break_it(broken)
-        assert claim.verdict(broken) == NOT_REPRODUCED, claim.statement
+def passing(name: str) -> dict[str, Any]:
+    return importlib.import_module(f"tests.paper_results.{name}").passing()
 
 
-def _write_results(folder: Path, results: dict[str, Any]) -> None:
-    origin = {
-        "device": "a processor",
-        "cores": 2,
-        "python": "3.12",
-        "torch": "2.13",
-        "commit": "abc",
-    }
-    origin["transformers"] = "5.23"
-    for name, result in results.items():
-        record = {"experiment": name, "measured_on": [origin], "seconds": 1.5, "result": result}
-        files.write_json(folder / f"{name}.json", record)
+def write_record(folder: Path, name: str, result: dict[str, Any]) -> None:
+    record = {"experiment": name, "mode": "quick", "measured_on": [ORIGIN], "seconds": 90.0}
+    files.write_json(folder / f"{name}.json", {**record, "result": result})
 
 
-def test_the_report_is_made_from_the_json_files_alone(tmp_path: Path) -> None:
-    results = passing_results()
-    results["table2"]["perplexity"]["int4"]["perplexity"] = 23.3
-    _write_results(tmp_path, results)
-    words = report.write(tmp_path).read_text()
-    rows = [line for line in words.splitlines() if line.startswith("| ")]
-    assert [line for line in rows if NOT_REPRODUCED in line] == [
-        line for line in rows if line.startswith("| Table 2: NF4 + DQ has a lower")
-    ]
-    assert "4.127" in words
-    assert "some words / and more words" in words
-    assert f"{finetune.gap_closed(results['finetune']):.0%}" in words
-    for image in ("codebooks.png", "bits.png", "memory.png", "perplexity.png", "loss.png"):
-        assert f"({image})" in words
-        assert (tmp_path / image).stat().st_size > 5000
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the report of all experiments, one claim of which fails."""
+    folder = tmp_path_factory.mktemp("out")
+    for name in EXPERIMENTS:
+        result = passing(name)
+        if name == "bits":
+            result["bits"]["nf4+dq"] = 4.25
+        write_record(folder, name, result)
+    report.write(folder)
+    return folder
+
+
+def rows(words: str, verdict: str) -> list[str]:
+    return [line for line in words.splitlines() if line.endswith(f"| {verdict} |")]
+
+
+def test_the_report_is_made_from_the_json_files_alone(everything: Path) -> None:
+    words = (everything / "REPORT.md").read_text()
+    failed = rows(words, NOT_REPRODUCED)
+    assert len(failed) == 1
+    assert failed[0].startswith("| [bits](#bits) | Double quantization takes 0.127")
+    assert f"| {NOT_REPRODUCED} | 1 |" in words
+    assert "of another version" not in words
+    assert "Mode: quick. Device: a processor, 2 cores. Commit: abc." in words
+    assert "python 3.12, torch 2.13, transformers 5.23" in words
+    for name, experiment in EXPERIMENTS.items():
+        assert f'<a id="{name}"></a>\n\n## {experiment.title}\n' in words
+        assert f"[{name}.json]({name}.json)" in words
+    counts = [len(rows(words, verdict)) for verdict in VERDICTS]
+    assert sum(counts) == sum(len(experiment.claims) for experiment in EXPERIMENTS.values())
+
+
+def test_sections_come_in_order(everything: Path) -> None:
+    words = (everything / "REPORT.md").read_text()
+    titles = re.findall(r"^## (.*)$", words, re.MULTILINE)
+    assert titles[:2] == ["Claims", "What is not run, and why"]
+    assert titles[2:-3] == [experiment.title for experiment in EXPERIMENTS.values()]
+    last = ["What does not add up in the papers", "What a researcher learns", "How it was measured"]
+    assert titles[-3:] == last
+
+
+def test_errata_and_lessons_of_all_experiments_are_together(everything: Path) -> None:
+    words = (everything / "REPORT.md").read_text()
+    off, learned = words.split("## What does not add up")[1].split("## What a researcher learns")
+    assert all(f"- {line}" in off for line in errata.found())
+    for name, experiment in EXPERIMENTS.items():
+        result = files.read_json(everything / f"{name}.json")["result"]
+        assert all(f"- {line}" in off for line in experiment.errata(result))
+        assert " ".join(experiment.lessons(result)) in learned
+
+
+def test_the_papers_values_are_there_where_nothing_can_run(everything: Path) -> None:
+    words = (everything / "REPORT.md").read_text()
+    for value in ("34.34", "60.9", "53.1", "63.9", "99.3", "1022", "87.2", "70.4", "175,255.8M"):
+        assert f"| {value} |" in words
+    assert all(claim.claim in report.unreachable_in_words() for claim in out_of_reach.CLAIMS)
+
+
+def test_tables_of_the_papers_are_rectangular() -> None:
+    for claim in out_of_reach.CLAIMS:
+        assert len({len(row) for row in published.rows(claim.values)}) == 1, claim.claim
+
+
+def test_commands_that_would_run_it_are_commands() -> None:
+    commands = [c for claim in out_of_reach.CLAIMS for c in re.findall("`qlora (.*?)`", claim.how)]
+    for command in (c for c in commands if " " in c and not c.endswith("finetune")):
+        _, unknown = _parser().parse_known_args(command.split())
+        assert not unknown, command
 
 
 def test_the_report_says_what_was_not_run(tmp_path: Path) -> None:
-    results = passing_results()
-    _write_results(tmp_path, {"bits": results["bits"]})
+    write_record(tmp_path, "bits", passing("bits"))
     words = report.write(tmp_path).read_text()
-    assert "python -m paper_repro datatypes memory table2 finetune" in words
-    assert "## Table 2" not in words
-    assert words.count("| not run |") == sum(
-        len(EXPERIMENTS[name].claims) for name in ("datatypes", "memory", "table2", "finetune")
-    )
+    others = [experiment for name, experiment in EXPERIMENTS.items() if name != "bits"]
+    for experiment in others:
+        assert f"| {experiment.name} | all claims | run `python -m paper_repro" in words
+        assert f"## {experiment.title}\n" not in words
+    assert len(rows(words, NOT_RUN)) == sum(len(experiment.claims) for experiment in others)
 
 
-def test_what_needs_a_gpu_is_not_run_without_one() -> None:
-    result, claims = passing_results()["memory"], EXPERIMENTS["memory"].claims
-    for run in result["runs"].values():
-        run["on_gpu"] = False
-    without = [REPRODUCED, NOT_RUN, NOT_RUN, REPRODUCED, REPRODUCED]
-    assert [claim.verdict(result) for claim in claims] == without
-    assert EXPERIMENTS["memory"].section(result).count("extrapolated") == 4
-    result["runs"] = {}
-    assert [claim.verdict(result) for claim in claims] == without
-    assert "No step was run" in EXPERIMENTS["memory"].section(result)
+def test_nothing_at_all_was_run(tmp_path: Path) -> None:
+    words = report.write(tmp_path).read_text()
+    assert "Nothing was run yet." in words
+    assert f"| {REPRODUCED} | 0 |" in words
 
 
-def test_a_run_with_other_code_proves_nothing() -> None:
-    result, claims = passing_results()["memory"], EXPERIMENTS["memory"].claims
-    for run in result["runs"].values():
-        run["is_stale"] = True
-    assert [claim.verdict(result) for claim in claims][1:3] == [NOT_RUN, NOT_RUN]
-    assert "with other code than this report's" in EXPERIMENTS["memory"].section(result)
+def test_a_claim_that_needs_a_gpu_says_so(tmp_path: Path) -> None:
+    write_record(tmp_path, "memory", passing("memory") | {"runs": {}})
+    words = report.write(tmp_path).read_text()
+    why = "needs a GPU: `memory --model 65b --run`, `memory --model 33b --run`"
+    assert f"measured: a full step on a GPU | {why} |" in words
 
 
-def test_one_model_beyond_its_limit_is_enough() -> None:
-    result, claims = passing_results()["memory"], EXPERIMENTS["memory"].claims
-    del result["runs"]["33b"]
-    assert claims[1].verdict(result) == NOT_RUN
-    assert "44.30 GB; needs a GPU: `memory --model 33b --run`" in claims[1].measured(result)
-    result["runs"]["65b"]["peak_bytes"] = 48 * 10**9
-    assert claims[1].verdict(result) == NOT_REPRODUCED
+def without_mode(record: dict[str, Any]) -> None:
+    del record["mode"]
 
 
-def test_recovery_by_both_measures() -> None:
-    result = passing_results()["finetune"]
-    for base, before, after in (("dense", 4.0, 2.5), ("nf4+dq", 4.5, 2.7)):
-        result["arms"][base]["before"]["nll"] = before
-        result["arms"][base]["after"]["nll"] = after
-    assert finetune.towards_lora(result) == pytest.approx(0.9)  # 1.8 of 2.0
-    assert finetune.gap_closed(result) == pytest.approx(0.6)  # 0.5 before, 0.2 after
+def without_sizes(record: dict[str, Any]) -> None:
+    del record["result"]["models"]
+
+
+@pytest.mark.parametrize(
+    ("age", "why"),
+    [
+        (without_mode, "bits.json is of an earlier version"),
+        (without_sizes, "bits.json is of another version, it has no 'models'"),
+    ],
+)
+def test_a_json_of_another_version_is_to_be_made_again(
+    tmp_path: Path, age: Callable[[dict[str, Any]], None], why: str
+) -> None:
+    write_record(tmp_path, "bits", passing("bits"))
+    record = files.read_json(tmp_path / "bits.json")
+    age(record)
+    files.write_json(tmp_path / "bits.json", record)
+    words = report.write(tmp_path).read_text()
+    assert f"| bits | all claims | {why}: run `python -m paper_repro bits` again |" in words
+
+
+def test_a_bar_or_a_line_break_does_not_end_a_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits = EXPERIMENTS["bits"]
+    claim = replace(bits.claims[0], statement="|error| of\nB A", measured=lambda r: "a | b")
+    monkeypatch.setitem(EXPERIMENTS, "bits", replace(bits, claims=(claim,)))
+    write_record(tmp_path, "bits", passing("bits"))
+    words = report.write(tmp_path).read_text()
+    assert "| [bits](#bits) | \\|error\\| of B A |" in words
+    cells = parsed((tmp_path / "report.html").read_text()).cells
+    start = cells.index("|error| of B A")
+    assert cells[start - 1 : start + 3 : 3] == ["bits", "a | b"]
+    assert cells[start + 4] == REPRODUCED
+
+
+# --- The page ---------------------------------------------------------------------------------------
+
+
+class Parsed(HTMLParser):
+    """A page's cells, words and elements; fails where an element is closed that is not open."""
+
+    VOID = ("meta", "img", "br", "hr", "col")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.cells: list[str] = []
+        self.paragraphs = ""
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.VOID:  # <img ... />
+            return
+        assert self.open.pop() == tag, f"line {self.getpos()[0]}"
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.open):
+            self.cells[-1] += data
+        elif "p" in self.open and "code" not in self.open:
+            self.paragraphs += data
+
+    def values(self, attribute: str) -> list[str]:
+        return [found[attribute] or "" for _, found in self.found if attribute in found]
+
+
+def parsed(text: str) -> Parsed:
+    reader = Parsed()
+    reader.feed(text)
+    assert not reader.open
+    return reader
+
+
+def test_the_page_needs_nothing_beside_it(everything: Path) -> None:
+    text = (everything / "report.html").read_text()
+    reader = parsed(text)
+    plots = list(everything.glob("*.svg"))  # as many as there are images: none takes another's name
+    sources = reader.values("src")
+    assert len(plots) == len(sources) >= len(EXPERIMENTS) // 2
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert len(reader.values("alt")) == len(sources)
+    assert all(reader.values("alt"))
+    assert not re.search(r"<(script|link|iframe|object)\b|@import|url\(", text)
+    anchors = set(reader.values("id"))
+    names = {f"{name}.json" for name in EXPERIMENTS}
+    for link in reader.values("href"):
+        assert link.removeprefix("#") in anchors if link.startswith("#") else link in names
+
+
+def test_all_tables_and_lists_are_read_as_such(everything: Path) -> None:
+    reader = parsed((everything / "report.html").read_text())
+    assert not re.search(r"^(\|.*\||[-*] .*|\d\. .*)$", reader.paragraphs, re.MULTILINE)
+    assert not any(":--" in cell for cell in reader.cells)
+
+
+def test_verdicts_have_their_colours(everything: Path) -> None:
+    reader = parsed((everything / "report.html").read_text())
+    classes = [value for value in reader.values("class") if value.startswith("verdict")]
+    assert classes.count("verdict not-reproduced") == 2  # in the counts and among the claims
+    for verdict in VERDICTS:
+        name = verdict.replace(" ", "-")
+        assert f"verdict {name}" in classes
+        assert f"td.{name}" in page.STYLE
+
+
+def test_the_same_results_give_the_same_plots(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        write_record(tmp_path / name, "bits", passing("bits"))
+        report.write(tmp_path / name)
+    one, other = ((tmp_path / name / "report.html").read_bytes() for name in ("one", "other"))
+    assert one == other
+
+
+def test_a_plot_is_an_svg(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"must end in \.svg, got a\.png"),
+        draw.figure(tmp_path / "a.png"),
+    ):
+        pass
+
+
+# --- The page in docs/ ------------------------------------------------------------------------------
+
+GUIDE = Path(__file__).parents[1] / "docs" / "reproducing.md"
+
+
+def test_the_guide_names_all_experiments() -> None:
+    names = re.findall(r"^\| `(\w+)` \|", GUIDE.read_text(), re.MULTILINE)
+    assert [name for name in names if name in EXPERIMENTS] == list(EXPERIMENTS)
+
+
+def test_the_guides_experiment_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "tails.py"
+    found = [b.text for b in pages.blocks(GUIDE.read_text()) if "EXPERIMENT =" in b.text]
+    module.write_text(found[0])
+    spec = importlib.util.spec_from_file_location("tails", module)
+    tails = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tails)
+    monkeypatch.setitem(EXPERIMENTS, "tails", tails.EXPERIMENT)
+    lab = Lab(tmp_path / "cache", tmp_path / "out")
+    write_record(lab.out, "tails", tails.EXPERIMENT.run(lab))
+    words = report.write(lab.out).read_text()
+    assert "## Heavy tails" in words
+    assert len(rows(words, IN_TREND)) == 1
+
+
+# --- What needs no measurement ----------------------------------------------------------------------
+
+
+def test_what_does_not_add_up_in_the_papers_tables() -> None:
+    means = errata.table4_means()
+    assert means["NF4 + DQ"] == pytest.approx(52.99, abs=0.005)
+    assert errata.off_means()["GPT-4"] == (114.75, 114.5)
+    assert "Guanaco 65B" not in errata.off_means()
+    words = " ".join(errata.found())
+    assert "Open Assistant 33B and Vicuna 13B are identical" in words
+    assert "in 4 of 8 cases, by up to 0.7 points" in words

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from paper_repro import (
-    __main__,
-    assets,
-    datatypes,
-    finetune,
-    model,
-    perplexity,
-    text,
-)
-from paper_repro.lab import Lab, code_digest
-from paper_repro.registry import EXPERIMENTS
+from paper_repro import __main__
+from paper_repro.harness.lab import Lab, code_digest
+from paper_repro.harness.registry import EXPERIMENTS
+from paper_repro.materials import assets, model
 from qlora import files
 from qlora.pretrained import load_dense, load_tokenizer
-from tests import tiny
-from tests.paper import PARAGRAPH, shrink_llama, write_dump
+from tests import paper_world, tiny
 
 # --- What is kept, and what is done again -----------------------------------------------------------
 
@@ -125,58 +116,35 @@ def test_without_package_managers_there_is_no_wordnet(
 @pytest.fixture
 def tiny_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Tiny models and tiny texts where the real ones would be; returns the folder for results."""
-    folder = tiny.model_folder(tmp_path / "model")
-    nouns = [f"{a}{b}{c}" for a in "abcdef" for b in "ghijkl" for c in "mnopqr"]
-    lines = [
-        f"{i:08d} 03 n 01 {noun} 0 001 @ 00001930 n 0000 | the meaning of number {i}"
-        for i, noun in enumerate(nouns)
-    ]
-    data_noun = tmp_path / "data.noun"
-    data_noun.write_text("\n".join(lines))
-    pages = {f"Title {i}": "\n".join([f"Article {i}. {PARAGRAPH}"] * 20) for i in range(80)}
-    dump = write_dump(tmp_path / "dump.bz2", pages)
-    out = tmp_path / "out"
-    monkeypatch.setattr(model, "model_folder", lambda cache: folder)
-    monkeypatch.setattr(assets, "wordnet_file", lambda cache: data_noun)
-    monkeypatch.setattr(assets, "wikipedia_file", lambda cache: dump)
-    monkeypatch.setattr(
-        text, "SAMPLE_NOUNS", tuple(n for n in nouns if text.is_held_out(n, 20))[:2]
-    )
-    monkeypatch.setattr(perplexity, "WINDOW_TOKENS", 48)
-    monkeypatch.setattr(finetune, "HELD_OUT", 8)
-    monkeypatch.setattr(finetune, "RANK", 4)
-    monkeypatch.setattr(finetune, "SAMPLE_TOKENS", 4)
-    recipe = replace(finetune.RECIPE, steps=6, micro_batch_size=4, checkpoint_every=2)
-    monkeypatch.setattr(finetune, "RECIPE", recipe)
-    monkeypatch.setattr(datatypes, "DRAWS", 64_000)
-    shrink_llama(monkeypatch)
-    for module in (__main__, finetune):
-        monkeypatch.setattr(module, "OUT", out)
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    return out
+    return paper_world.build(tmp_path, monkeypatch)
 
 
+def repro(out: Path, *arguments: str) -> int:
+    return __main__.main([*arguments, "--out", str(out)])
+
+
+@pytest.mark.parametrize("mode", ["quick", "full"])
 def test_everything_on_a_tiny_model(
-    tiny_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mode: str,
+    tiny_world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert __main__.main([]) == 0
+    assert repro(tiny_world, f"--{mode}") == 0
     words = (tiny_world / "REPORT.md").read_text()
     for experiment in EXPERIMENTS.values():
         assert f"## {experiment.title}" in words
         record = files.read_json(tiny_world / f"{experiment.name}.json")
+        assert record["mode"] == mode
         assert record["measured_on"]
         assert record["seconds"] >= 0
     assert (tiny_world / "adapter" / "adapter_model.safetensors").is_file()
-    found = files.read_json(tiny_world / "finetune.json")["result"]["arms"]
-    for base in finetune.BASES:
-        assert found[base]["after"]["nll"] < found[base]["before"]["nll"]
 
     # A second time nothing is measured, and the numbers are the same.
-    forbidden = lambda *_, **__: pytest.fail("measured again")  # noqa: E731
-    monkeypatch.setattr(perplexity, "measure", forbidden)
-    monkeypatch.setattr(finetune, "train", forbidden)
-    assert __main__.main([]) == 0
-    assert files.read_json(tiny_world / "finetune.json")["result"]["arms"] == found
+    found = files.read_json(tiny_world / "tables34.json")["result"]
+    monkeypatch.setattr(Lab, "record", lambda *_: pytest.fail("measured again"))
+    assert repro(tiny_world, f"--{mode}") == 0
+    assert files.read_json(tiny_world / "tables34.json")["result"] == found
     assert "reproduced" in capsys.readouterr().out
 
 
@@ -185,38 +153,45 @@ def test_a_killed_run_resumes_in_the_middle_of_training(
 ) -> None:
     from qlora import train as library_train
 
-    assert __main__.main(["finetune"]) == 0
-    straight = files.read_json(tiny_world / "finetune.json")["result"]["arms"]["nf4+dq"]
+    assert repro(tiny_world, "finetune") == 0
+    straight = files.read_json(tiny_world / "finetune.json")["result"]["after"]["nf4+dq"]
 
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "other_cache"))
     step, done = library_train.train_step, []
 
     def killed(*args: Any) -> Any:
-        if len(done) == 9:  # six steps of the first arm, three of the second
+        if len(done) == 9:  # six steps of the first base, three of the second
             raise KeyboardInterrupt
         done.append(args[-1])
         return step(*args)
 
     monkeypatch.setattr(library_train, "train_step", killed)
-    assert __main__.main(["finetune"]) == 130
+    assert repro(tiny_world, "finetune") == 130
     done.clear()
     monkeypatch.setattr(
         library_train, "train_step", lambda *args: done.append(args[-1]) or step(*args)
     )
-    assert __main__.main(["finetune"]) == 0
-    assert done == [2, 3, 4, 5]  # the second arm alone, from its checkpoint after two steps
-    resumed = files.read_json(tiny_world / "finetune.json")["result"]["arms"]["nf4+dq"]
-    assert resumed["after"]["nll"] == straight["after"]["nll"]
-    assert resumed["after"]["losses"] == straight["after"]["losses"]
+    assert repro(tiny_world, "finetune") == 0
+    assert done == [2, 3, 4, 5]  # the second base alone, from its checkpoint after two steps
+    resumed = files.read_json(tiny_world / "finetune.json")["result"]["after"]["nf4+dq"]
+    assert resumed == straight
 
 
 def test_without_wordnet_it_goes_on_with_wikipedia(
-    tiny_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(assets, "wordnet_file", lambda cache: None)
-    assert __main__.main(["finetune"]) == 0
+    assert repro(tiny_world, "finetune", "forgetting") == 0
     assert files.read_json(tiny_world / "finetune.json")["result"]["task"] == "Wikipedia prose"
-    assert "instead of definitions" in capsys.readouterr().out
+    assert files.read_json(tiny_world / "forgetting.json")["result"]["runs"]
+
+
+def test_training_lowers_the_loss(tiny_world: Path) -> None:
+    assert repro(tiny_world, "tables34") == 0
+    for model_ in files.read_json(tiny_world / "tables34.json")["result"]["models"].values():
+        for base, runs in model_["after"].items():
+            nats = model_["before"][base]["nll"]
+            assert all(run["held_out"]["nll"] < nats for run in runs), base
 
 
 # --- The conversion from GGUF -----------------------------------------------------------------------
@@ -285,7 +260,7 @@ def test_the_list_states_every_criterion(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_an_unknown_experiment_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["table9"]) == 2
-    assert "table9; there are datatypes, bits, memory, table2, finetune" in capsys.readouterr().err
+    assert f"table9; there are {', '.join(EXPERIMENTS)}" in capsys.readouterr().err
 
 
 def test_a_failed_download_ends_with_its_advice(

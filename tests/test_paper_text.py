@@ -8,10 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paper_repro import (
-    text,
-    wikitext,
-)
+from paper_repro.materials import text, wikitext
 from tests.paper import SENTENCE, write_dump
 
 

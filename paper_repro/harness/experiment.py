@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paper_repro.lab import Lab
+    from paper_repro.harness.lab import Lab
 
 Result = dict[str, Any]
 
-REPRODUCED, NOT_REPRODUCED, NOT_RUN, REPORTED = (
+REPRODUCED, IN_TREND, NOT_REPRODUCED, NOT_RUN, REPORTED = VERDICTS = (
     "reproduced",
-    "**not reproduced**",
+    "in trend",
+    "not reproduced",
     "not run",
     "reported only",
 )
@@ -25,12 +26,14 @@ class Claim:
     """One statement of the paper beside its criterion, which is stated nowhere else.
 
     Attributes:
-        statement: what the paper says.
+        statement: what the paper says, with the table, figure or section where it does.
         paper: its value.
         criterion: when it counts as reproduced, in words.
-        passes: the same in code; it returns None where what it needs has not run. None in its place for a
-            claim that is only reported.
+        passes: the same in code; it returns None where what it needs has not run, and `measured` then says
+            why. None in its place for a claim that is only reported.
         measured: the value found, in words.
+        trend: what passes is the paper's direction or order, on another model or text, and not its value:
+            the verdict is then "in trend".
     """
 
     statement: str
@@ -38,6 +41,7 @@ class Claim:
     criterion: str
     passes: Callable[[Result], bool | None] | None
     measured: Callable[[Result], str]
+    trend: bool = False
 
     def verdict(self, result: Result | None) -> str:
         if result is None:
@@ -47,7 +51,7 @@ class Claim:
         passed = self.passes(result)
         if passed is None:
             return NOT_RUN
-        return REPRODUCED if passed else NOT_REPRODUCED
+        return (IN_TREND if self.trend else REPRODUCED) if passed else NOT_REPRODUCED
 
 
 @dataclass(frozen=True)
@@ -57,24 +61,28 @@ class Experiment:
     Attributes:
         name: of the module, of its JSON file in out/ and on the command line.
         title: what it reproduces.
-        minutes: what it takes on two CPU cores when nothing is remembered, to announce it.
-        run: measure; returns what can be written as JSON.
+        minutes: what --quick and what --full takes on two CPU cores when nothing is remembered, to announce it.
+        run: measure; returns what can be written as JSON. "seeds", if it is there, lists the seeds.
         claims: what is judged by the result.
         section: the result as Markdown.
         plots: draw the result into a folder; returns the files by their captions.
+        errata: what of the paper does not add up, by the result: Markdown, a sentence or two each.
+        lessons: what one learns that the paper does not say, by the result: a sentence each.
     """
 
     name: str
     title: str
-    minutes: float
+    minutes: tuple[float, float]
     run: Callable[[Lab], Result]
     claims: Sequence[Claim]
     section: Callable[[Result], str]
     plots: Callable[[Result, Path], dict[str, Path]] = lambda result, folder: {}
+    errata: Callable[[Result], Sequence[str]] = lambda result: ()
+    lessons: Callable[[Result], Sequence[str]] = lambda result: ()
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    rule = [":--", *("--:" for _ in header[1:])]
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], text: bool = False) -> str:
+    """A Markdown table; the first column is text, the others are numbers, or all are text."""
+    rule = [":--", *(":--" if text else "--:" for _ in header[1:])]
     lines = [header, rule, *([str(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

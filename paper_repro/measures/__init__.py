@@ -1,0 +1,1 @@
+"""How it is measured, where several tables and figures share it."""

@@ -1,0 +1,141 @@
+"""Figure 4, and LoRA's Tables 6 and 18: how little the rank matters, once its learning rate fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from paper_repro import layers
+from paper_repro.harness import draw, stats
+from paper_repro.harness.experiment import Claim, Experiment, Result, table
+from paper_repro.harness.lab import Lab
+from paper_repro.layers import RATES
+from paper_repro.measures import lora_runs
+from paper_repro.measures.lora_runs import NF4, Run
+
+ALL_RANKS = (4, 8, 16, 32, 64)
+# LoRA's Table 6: WikiSQL accuracy of GPT-3 with adapters on query and value; Table 18: BLEU of GPT-2 M, E2E.
+TABLE6 = {1: 73.4, 2: 73.3, 4: 73.7, 8: 73.8, 64: 73.5}
+TABLE18 = {1: 68.72, 2: 69.17, 4: 70.38, 8: 69.57, 16: 69.61, 64: 69.24}
+ON = {"all": "all layers", "q, v": "query and value"}
+
+
+def run(lab: Lab) -> Result:
+    seeds = lab.choose([0, 1, 2], [0, 1, 2, 3, 4])
+    ranks = {"all": ALL_RANKS, "q, v": lab.choose((1, 4, 16), (1, 2, 4, 8, 16, 64))}
+    subject = lora_runs.own(lab)
+    found: dict[str, dict[str, Any]] = {}
+    for name, of_target in ranks.items():
+        kinds = {r: Run(NF4, 0.0, 0, rank=r, targets=layers.TARGETS[name]) for r in of_target}
+        found[name] = {
+            str(rank): lora_runs.tuned(lab, subject, kind, RATES, seeds)
+            for rank, kind in kinds.items()
+        }
+    return {"model": subject.name, "task": subject.task.name, "seeds": seeds, "ranks": found}
+
+
+def _perplexities(tuned: dict[str, Any]) -> list[float]:
+    return [run["held_out"]["perplexity"] for run in tuned["runs"]]
+
+
+def _means(result: Result, name: str) -> dict[int, float]:
+    """Perplexity by rank, the mean over seeds."""
+    return {int(r): stats.spread(_perplexities(t)).mean for r, t in result["ranks"][name].items()}
+
+
+def _spread(result: Result, name: str, least: int = 1) -> float:
+    """How far the worst rank's perplexity is above the best one's, of ranks from `least` on."""
+    means = [mean for rank, mean in _means(result, name).items() if rank >= least]
+    return max(means) / min(means) - 1
+
+
+def _in_words(result: Result, name: str) -> str:
+    means = ", ".join(f"r {rank} {mean:.2f}" for rank, mean in _means(result, name).items())
+    return f"{_spread(result, name):.1%} ({means})"
+
+
+SPREAD_MOST = 0.02
+PAPER_FROM = 8
+
+CLAIMS = (
+    Claim(
+        statement="Figure 4: with adapters on all layers the rank does not matter",
+        paper="no relation, r 8 to 64 (LLaMA-7B, Alpaca, RougeL)",
+        criterion=f"mean perplexities of r {ALL_RANKS[0]} to {ALL_RANKS[-1]} within {SPREAD_MOST:.0%}, the learning "
+        "rate chosen for each",
+        passes=lambda r: _spread(r, "all") <= SPREAD_MOST,
+        measured=lambda r: _in_words(r, "all"),
+        trend=True,
+    ),
+    Claim(
+        statement="LoRA, Tables 6 and 18: a rank of one or four on query and value is enough",
+        paper="WikiSQL "
+        + ", ".join(f"r {rank} {value}" for rank, value in TABLE6.items())
+        + "; E2E BLEU "
+        + ", ".join(f"r {rank} {value}" for rank, value in TABLE18.items()),
+        criterion=f"the mean perplexity of r 4 at most {SPREAD_MOST:.0%} above the best rank's, the learning rate "
+        "chosen for each",
+        passes=lambda r: _means(r, "q, v")[4] / min(_means(r, "q, v").values()) - 1 <= SPREAD_MOST,
+        measured=lambda r: _in_words(r, "q, v"),
+        trend=True,
+    ),
+)
+
+
+def section(result: Result) -> str:
+    rows = [
+        (
+            ON[name],
+            rank,
+            f"{tuned['runs'][0]['adapter_parameters']:,}",
+            f"{tuned['learning_rate']:g}",
+            str(stats.spread(_perplexities(tuned))),
+        )
+        for name, of_target in result["ranks"].items()
+        for rank, tuned in of_target.items()
+    ]
+    rates = ", ".join(f"{rate:g}" for rate in RATES)
+    return (
+        f"The {result['model']}, {result['task']}, NF4 + DQ, alpha {lora_runs.ALPHA}, seeds "
+        f"{', '.join(map(str, result['seeds']))}. The learning rate of each is the best of {rates} on further held-out "
+        "records, with the first seed. Mean and standard deviation over seeds.\n\n"
+        + table(["adapters on", "rank", "parameters", "learning rate", "perplexity"], rows)
+        + f"\n\nFrom rank {PAPER_FROM} on, where the paper's search begins, adapters on all layers lie within "
+        f"{_spread(result, 'all', PAPER_FROM):.1%}."
+    )
+
+
+def plots(result: Result, folder: Path) -> dict[str, Path]:
+    path = folder / "rank.svg"
+    with draw.figure(path) as axes:
+        for (name, of_target), color in zip(
+            result["ranks"].items(), (draw.ORANGE, draw.BLUE), strict=True
+        ):
+            for rank, tuned in of_target.items():
+                values = _perplexities(tuned)
+                axes.scatter([int(rank)] * len(values), values, color=color, s=18, alpha=0.7)
+            means = _means(result, name)
+            axes.plot(means.keys(), means.values(), color=color, linewidth=1.5)
+            last = max(means)
+            axes.text(last * 1.1, means[last], ON[name], color=color, va="center")
+        low = min(_means(result, "all").values())
+        axes.axhspan(low, low * (1 + SPREAD_MOST), color=draw.LIGHT, alpha=0.5, lw=0, zorder=0)
+        axes.text(
+            1, low * (1 + SPREAD_MOST / 2), f"within {SPREAD_MOST:.0%} of the best", va="center"
+        )
+        every = sorted({rank for name in result["ranks"] for rank in _means(result, name)})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(every, [str(rank) for rank in every])
+        axes.set(xlabel="rank", ylabel="held-out perplexity", xlim=(0.9, max(every) * 3))
+    return {"Perplexity by rank, a dot for each seed": path}
+
+
+EXPERIMENT = Experiment(
+    "rank",
+    "Figure 4: the rank; LoRA's Tables 6 and 18",
+    (3, 8),
+    run,
+    CLAIMS,
+    section,
+    plots,
+)

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.paper_results import change
+from tests.paper_results.layers import tuned
+
+
+def passing() -> dict[str, Any]:
+    return {
+        "model": "own model",
+        "task": "WordNet definitions",
+        "seeds": [0, 1, 2],
+        "ranks": {
+            "all": {
+                "4": tuned(17.6, 17.5, 17.4),
+                "16": tuned(17.3, 17.5, 17.4),
+                "64": tuned(17.3, 17.2, 17.4),
+            },
+            "q, v": {
+                "1": tuned(19.9, 19.8, 20.0),
+                "4": tuned(19.3, 19.2, 19.1),
+                "16": tuned(19.1, 19.0, 19.2),
+            },
+        },
+    }
+
+
+BREAKING = [
+    change("ranks", "all", "4", to=tuned(17.9, 17.8, 17.7)),
+    change("ranks", "q, v", "4", to=tuned(19.7, 19.6, 19.5)),
+]
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    from paper_repro import rank
+
+    monkeypatch.setattr(rank, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(rank, "ALL_RANKS", (4, 8))
