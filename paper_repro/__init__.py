@@ -1,8 +1,9 @@
 """The paper's tables and figures on a machine that everybody has: `python -m paper_repro --help`.
 
 One module per table or figure makes an `Experiment`: `run` measures and returns plain numbers, `CLAIMS`
-say what the paper states and when it counts as reproduced, `section` and `plots` show it. `experiment.py`
-lists them, `lab.py` remembers what has been measured, `report.py` writes REPORT.md from JSON files alone.
+say what the paper states and when it counts as reproduced, `section` and `plots` show it. `harness/` lists
+them, remembers what has been measured and writes the report from JSON files alone; `materials/` fetches
+models and texts or makes them; `measures/` has what several experiments share.
 """
 
 import os

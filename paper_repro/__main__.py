@@ -7,15 +7,20 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from paper_repro import memory
 from paper_repro.harness import report
+from paper_repro.harness.chapter import read_chapter
 from paper_repro.harness.experiment import Experiment
 from paper_repro.harness.lab import OUT, Lab, cache_folder
 from paper_repro.harness.registry import EXPERIMENTS
+from paper_repro.harness.room import where_it_fits
 from paper_repro.materials.assets import AssetError
 from qlora import files
+
+LARGEST = "65b"
 
 DESCRIPTION = """\
 Reproduce the QLoRA paper's and LoRA's results, as far as this machine can, and write
@@ -39,15 +44,7 @@ cache        {cache_folder()} (set QLORA_CACHE to put it elsewhere)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
-    if unknown := [name for name in args.experiments if name not in EXPERIMENTS]:
-        print(
-            f"no such experiment: {unknown[0]}; there are {', '.join(EXPERIMENTS)}", file=sys.stderr
-        )
-        return 2
-    if args.run and args.experiments != ["memory"]:
-        print("--run goes with the experiment memory alone", file=sys.stderr)
-        return 2
+    args = _parse(arguments)
     if args.list:
         print("\n\n".join([*map(_describe, EXPERIMENTS.values()), report.unreachable_in_words()]))
         return 0
@@ -55,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with Lab(out=args.out, fresh=args.fresh, full=args.full).lock() as lab:
             if args.run:
-                print(f"A step of LLaMA-{args.model} ...", flush=True)
-                print(f"It is in {memory.take_step(lab, args.model)}")
+                size = args.model or LARGEST
+                print(f"A step of LLaMA-{size} ...", flush=True)
+                print(f"It is in {memory.take_step(lab, size)}")
             _run(lab, chosen, show=bool(args.experiments))
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
@@ -68,6 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if unknown := [name for name in args.experiments if name not in EXPERIMENTS]:
+        parser.error(f"no such experiment: {unknown[0]}; there are {', '.join(EXPERIMENTS)}")
+    if args.run and args.experiments != ["memory"]:
+        parser.error("--run goes with the experiment memory alone")
+    if args.model and not args.run:
+        parser.error("--model says which LLaMA --run takes a step of: give both")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,8 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         choices=memory.FIGURE6,
-        default="65b",
-        help="with --run: which LLaMA (default: 65b)",
+        help=f"with --run: which LLaMA (default: {LARGEST})",
     )
     return parser
 
@@ -125,20 +134,23 @@ def _quieten_transformers() -> None:
 def _run(lab: Lab, chosen: dict[str, Experiment], show: bool) -> None:
     """Run the experiments and write the report; `show` prints their sections too."""
     _quieten_transformers()
-    started = time.monotonic()
+    started, made = time.monotonic(), {}
     for number, experiment in enumerate(chosen.values(), start=1):
         minutes = f"about {lab.choose(*experiment.minutes):g} min if nothing is remembered"
         print(f"\n[{number}/{len(chosen)}] {experiment.title} ({minutes})", flush=True)
         lab.collect()
-        result = experiment.run(lab)
+        result = where_it_fits(experiment.title, partial(experiment.run, lab))
+        if result is None:
+            continue
         mode = {"experiment": experiment.name, "mode": lab.choose("quick", "full")}
         record = {**mode, **lab.collect(), "result": result}
         files.write_json(lab.out / f"{experiment.name}.json", record)
-        if show:
-            print(f"\n{experiment.section(result)}\n")
-        for statement, _, measured, _, verdict in report.verdicts(experiment, record):
-            print(f"  {verdict}: {statement}: {measured}", flush=True)
-    path = report.write(lab.out)
+        made[experiment.name] = chapter = read_chapter(lab.out, experiment)
+        if show or chapter.lacks:
+            print(f"\n{chapter.section or chapter.lacks}\n")
+        for judged in chapter.judged:
+            print(f"  {judged.verdict}: {judged.statement}: {judged.measured}", flush=True)
+    path = report.write(lab.out, made)
     print(f"\nReport: {path} ({time.monotonic() - started:.0f} s in all)")
 
 

@@ -105,7 +105,7 @@ CLAIMS = (
 EXPERIMENT = Experiment(
     "beyond",
     "Beyond the paper: AF4, block sizes, fitted codebooks, formats of the scales",
-    (1, 12),
+    (0.8, 10),
     run,
     CLAIMS,
     beyond_shown.section,

@@ -12,7 +12,14 @@ from tqdm import tqdm
 from paper_repro.harness.lab import Lab
 from paper_repro.materials import weights
 from paper_repro.measures import codebooks, in_data_type
-from paper_repro.measures.codebooks import KEPT, lloyd_max, normal_mass, register, weights_mass
+from paper_repro.measures.codebooks import (
+    KEPT,
+    NF4_VALUES,
+    lloyd_max,
+    normal_mass,
+    register,
+    weights_mass,
+)
 from paper_repro.measures.in_data_type import DataType
 from qlora import dequantize_4bit, quantize_4bit
 from qlora.kernels import ops, reference
@@ -27,7 +34,7 @@ SOURCES = ("minilm", "whisper", "own")
 LABELS = {NORMAL: "normal numbers", **weights.LABELS}
 BLOCKSIZE = 64  # the paper's
 COMPARED = (64, 256, 1024, 4096)  # block sizes at which codebooks are compared
-MODULES = (codebooks, in_data_type)
+MODULES = (codebooks, in_data_type, weights)
 
 # Codebooks by how they come about; those of `fitted` from the weights that they are then measured on.
 CODES = {
@@ -45,7 +52,7 @@ OF_NORMAL = ("nf4", "af4", "least_absolute", "least_squared", "least_squared_fre
 def values_of(code: str, blocksize: int) -> tuple[float, ...]:
     """The codebook for normal weights in blocks of this size; NF4 is the same for all."""
     if code == "nf4":
-        return codebooks.NF4
+        return NF4_VALUES
     if code in ("af4", "least_absolute"):
         return getattr(codebooks, code)(blocksize)
     kept = () if code.endswith("_free") else KEPT
@@ -59,7 +66,7 @@ def fitted_values(code: str, of: Weights, blocksize: int) -> tuple[float, ...]:
 
 
 def data_type(values: tuple[float, ...], blocksize: int = BLOCKSIZE) -> DataType:
-    return DataType("nf4" if values == codebooks.NF4 else register(values), blocksize=blocksize)
+    return DataType("nf4" if values == NF4_VALUES else register(values), blocksize=blocksize)
 
 
 def errors(of: Weights, held: DataType) -> dict[str, float]:

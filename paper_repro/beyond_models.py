@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from paper_repro import beyond_errors, table2
+from paper_repro import beyond_errors
 from paper_repro.beyond_errors import BLOCKSIZE, CODES, OF_NORMAL
 from paper_repro.harness.lab import Lab
-from paper_repro.materials import own_model, weights
-from paper_repro.measures import codebooks, in_data_type, perplexity
-from paper_repro.measures.in_data_type import BASE, DataType, HeldModel
+from paper_repro.materials import weights
+from paper_repro.measures import perplexity
+from paper_repro.measures.in_data_type import BASE, MODELS, DataType
 
 LARGEST = 4096
 # By the names under which results are kept: codebook and block size.
@@ -24,39 +23,21 @@ VARIANTS: dict[str, tuple[str, int]] = {
     }.items()
     for code in codes
 }
-MODULES = (beyond_errors, codebooks, in_data_type, perplexity)
 
 
 def measure_models(lab: Lab) -> dict[str, Any]:
     """By model: our own, and in a full run SmolLM2, whose base comes from a 4-bit lattice."""
-    folders = in_data_type.model_folders(lab)
-    names = lab.choose(("own",), tuple(folders))
-    return {name: _measure_model(lab, name, folders[name]) for name in names}
+    return {
+        name: perplexity.in_each(lab, name, _data_types(lab, name))["perplexity"]
+        for name in lab.choose(("own",), tuple(MODELS))
+    }
 
 
-def _measure_model(lab: Lab, name: str, folder: Path) -> dict[str, Any]:
-    quick, full, length = table2.WINDOWS[name]
-    articles = perplexity.wikipedia_windows(lab, folder, lab.choose(quick, full), length)
-    held = HeldModel(folder, lab.device)
-    settings = {"model": own_model.digest(folder), "tokens": perplexity.digest(articles)}
-    data_types = {BASE: DataType(None)}
+def _data_types(lab: Lab, name: str) -> dict[str, DataType]:
+    """The data types that a model is held in; codebooks that are fitted are fitted to its own weights."""
+    found = {BASE: DataType(None)}
     for variant, (code, size) in VARIANTS.items():
-        values = _values(lab, name, code, size)
-        data_types[variant] = beyond_errors.data_type(values, size)
-    found = {}
-    for variant, data_type in data_types.items():
-
-        def measure(variant: str = variant, data_type: DataType = data_type) -> dict[str, Any]:
-            network, rmse = held.hold(data_type)
-            what = f"{in_data_type.MODELS[name]}, {variant}"
-            return {**perplexity.measure(network, articles, what), "weight_rmse": rmse}
-
-        found[variant] = lab.measure(
-            f"beyond-{name}-{variant}",
-            {**settings, "data type": data_type.settings},
-            measure,
-            MODULES,
-        )
+        found[variant] = beyond_errors.data_type(_values(lab, name, code, size), size)
     return found
 
 
@@ -70,4 +51,5 @@ def _values(lab: Lab, name: str, code: str, size: int) -> tuple[float, ...]:
         return {"values": beyond_errors.fitted_values(code, of, size)}
 
     settings = {"weights": weights.digest(lab, name), "codebook": code, "blocksize": size}
-    return tuple(lab.measure(f"beyond-fit-{name}", settings, fit, (codebooks,))["values"])
+    modules = (beyond_errors, *beyond_errors.MODULES)
+    return tuple(lab.measure(f"beyond-fit-{name}", settings, fit, modules)["values"])

@@ -14,11 +14,12 @@ from paper_repro.harness import draw
 from paper_repro.harness.experiment import Claim, Experiment, Result, table
 from paper_repro.harness.lab import Lab
 from paper_repro.materials import assets, model
+from paper_repro.measures.in_data_type import NF4, NF4_DQ
 from qlora import QLoRAConfig, quantize_4bit, quantize_model, shapes
 
 # Figure 6's bars for the model, in MB.
 BARS = {size.upper(): bars[0] for size, bars in FIGURE6.items()}
-PAPER_BITS = {"nf4": 4.5, "nf4+dq": 4.127}
+PAPER_BITS = {NF4: 4.5, NF4_DQ: 4.127}
 RANK = 64
 
 
@@ -46,8 +47,8 @@ def _measure(folder: Path) -> dict[str, Any]:
 
     square = torch.empty(4096, 4096, device="meta")
     bits = {
-        "nf4": quantize_4bit(square, double_quant=False).bits_per_parameter,
-        "nf4+dq": quantize_4bit(square).bits_per_parameter,
+        NF4: quantize_4bit(square, double_quant=False).bits_per_parameter,
+        NF4_DQ: quantize_4bit(square).bits_per_parameter,
     }
     small = AutoConfig.from_pretrained(folder, local_files_only=True)
     configs = {model.MODEL_NAME: small}
@@ -104,7 +105,7 @@ CLAIMS = (
         paper="4.127 bits per parameter",
         criterion="the same to three digits, read from a quantized 4096 x 4096 matrix",
         passes=lambda r: all(abs(r["bits"][name] - PAPER_BITS[name]) < 5e-4 for name in PAPER_BITS),
-        measured=lambda r: f"{r['bits']['nf4+dq']:.3f} (without: {r['bits']['nf4']:.3f})",
+        measured=lambda r: f"{r['bits'][NF4_DQ]:.3f} (without: {r['bits'][NF4]:.3f})",
     ),
     Claim(
         statement="The 4-bit base takes what the arithmetic says, LLaMA-7B to 65B and SmolLM2",
@@ -170,7 +171,7 @@ def plots(result: Result, folder: Path) -> dict[str, Path]:
 
 def show_bits(result: Result, folder: Path) -> Path:
     """Stacked bars: 4 bits of code, and the scales on top."""
-    labels = {"nf4": "NF4", "nf4+dq": "NF4 + double\nquantization"}
+    labels = {NF4: "NF4", NF4_DQ: "NF4 + double\nquantization"}
     path = folder / "bits.svg"
     with draw.figure(path, height=2.6) as axes:
         for row, (name, label) in enumerate(reversed(labels.items())):
@@ -186,7 +187,7 @@ def show_bits(result: Result, folder: Path) -> Path:
 
 
 def show_bases(result: Result, folder: Path) -> Path:
-    path = folder / "bases.svg"
+    path = folder / "bits_bases.svg"
     with draw.figure(path, height=3.2) as axes:
         ours = [sizes["base_bytes"] / MIB for sizes, _ in _llamas(result)]
         bars = ((-0.2, BARS.values(), draw.GREY, "paper"), (0.2, ours, draw.ORANGE, "ours"))
@@ -203,5 +204,5 @@ def show_bases(result: Result, folder: Path) -> Path:
 
 
 EXPERIMENT = Experiment(
-    "bits", "Bits per parameter and bytes", (0.3, 0.3), run, CLAIMS, section, plots
+    "bits", "Bits per parameter and bytes", (0.1, 0.1), run, CLAIMS, section, plots
 )

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from paper_repro.harness import draw
-from paper_repro.measures.in_data_type import LABELS
+from paper_repro.measures.in_data_type import LABELS, NF4
 
-MARKS = {"nf4": "D", "e2m1": "o", "int4": "s", "fp4": "^", "e3m0": "v"}
+MARKS = {NF4: "D", "e2m1": "o", "int4": "s", "fp4": "^", "e3m0": "v"}
 HOLLOW = ("int4", "fp4")
 
 
@@ -53,4 +53,4 @@ def errors(found: Mapping[str, Mapping[str, float]], path: Path) -> Path:
 
 
 def _color(name: str) -> str:
-    return draw.ORANGE if name == "nf4" else draw.BLUE
+    return draw.ORANGE if name == NF4 else draw.BLUE

@@ -8,7 +8,7 @@ from typing import Any
 from paper_repro.harness import draw
 from paper_repro.harness.experiment import Result, table
 
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
 
 # Figure 6 in MB, which are 2^20 bytes: model, adapters, their gradient, optimizer, and the input gradient as read
 # from the height of its bar; the printed total in GB.
@@ -76,14 +76,15 @@ def _runs_in_words(runs: dict[str, Any]) -> str:
     return (
         "Real steps with random weights of the true width. On a CPU it is the bytes of all tensors alive that "
         "are counted, by the planner's own trace, without scratch memory inside operators; cuBLAS' "
-        "(64 MiB planned) does not exist there.\n\n" + "\n".join(lines)
+        "(64 MiB planned) does not exist there. *The process* is the most that it has ever held, whatever ran "
+        "in it before.\n\n" + "\n".join(lines)
     )
 
 
 def _step_in_words(step: dict[str, Any]) -> str:
     return (
         f"{step['layers']} layer{'s' * (step['layers'] > 1)} {step['peak_bytes'] / MIB:,.0f} MiB (planned "
-        f"{step['planned_bytes'] / MIB:,.0f}; the process {step['resident_bytes'] / MIB:,.0f} at most), "
+        f"{step['planned_bytes'] / MIB:,.0f}; the process up to then {step['resident_bytes'] / MIB:,.0f}), "
         f"{step['step_seconds']:g} s"
     )
 
@@ -100,16 +101,10 @@ def errata(result: Result) -> list[str]:
         f"({rest} MiB); with it, what is left over would grow with the model.",
         "QLoRA, Figure 6: its adapters equal 64 x 18 d L x 2 bytes: a feed-forward layer of two matrices of "
         f"width 4 d, which LLaMA has not. The true ones take {adapters} MiB.",
-        f"QLoRA, Figure 6: the 65B labels sum to {labels:,.0f} MB without the input gradient: "
-        f"{labels / 1000:.1f} or {labels / 1024:.1f} GB, by 1000 or 1024 MB, where {FIGURE6['65b'][-1]} are "
-        "printed.",
-        'QLoRA, section 3: "18 MB ... more than all LoRA weights" cannot be: the weights take 26 MB by the same '
-        "sentence.",
-        "QLoRA, section 3: adapters in 16 bits are not mentioned, and needed: in fp32 65B takes "
-        + " GB in one micro-batch and ".join(
-            f"{bytes / 1e9:.1f}" for bytes in result["65b in fp32"]
-        )
-        + " GB with gradients accumulated over 16, before what CUDA itself takes.",
+        f"QLoRA, Figure 6: the 65B labels sum to {labels:,.0f} MB without the input gradient, "
+        f"{labels / 1000:.1f} GB by 1000 MB as in the other three totals, where {FIGURE6['65b'][-1]} are printed.",
+        'QLoRA, section 3: "18 MB ... more than all LoRA weights" cannot be: the weights take 26 MB by the sentence '
+        "before.",
     ]
 
 
@@ -123,7 +118,12 @@ def lessons(result: Result) -> list[str]:
     return [
         f"Of a step of 65B, r = 64 takes {sum(trained):.1f} GB (adapters, gradients, Adam's states) beside "
         f"{model:.1f} GB of weights, and activations {kept:.1f} GB: with the base in 4 bits and checkpointing it is "
-        "the rank and the dtype of the adapters that decide whether a card suffices."
+        "the rank and the dtype of the adapters that decide whether a card suffices.",
+        "With adapters in fp32, and not in bf16 as in equation 5, 65B takes "
+        + " GB in one micro-batch and ".join(
+            f"{bytes / 1e9:.1f}" for bytes in result["65b in fp32"]
+        )
+        + " GB with gradients accumulated over 16, before what CUDA itself takes.",
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from paper_repro.harness import draw
 from paper_repro.harness.experiment import Claim, Experiment, Result, table
 from paper_repro.harness.lab import Lab
 from paper_repro.measures import lora_runs, perplexity
-from paper_repro.measures.lora_runs import DENSE, LABELS, NF4, Run, Subject
-from qlora import files, merge, requantize
+from paper_repro.measures.lora_runs import DENSE, LABELS, NF4_DQ, Run, Subject
+from qlora import QLoRALinear, files, merge, requantize
 from qlora.adapter_files import BASE_CONFIG
 from qlora.generate import generate
 from qlora.peft_format import CONFIG, WEIGHTS
@@ -35,19 +36,20 @@ MERGED, ONTO, AGAIN, AGAIN_ONTO = (
 
 def run(lab: Lab) -> Result:
     subject = lora_runs.smollm2(lab)
-    runs = {base: Run(base, tables34.RATES["smollm2"], SEED) for base in (DENSE, NF4)}
+    runs = {base: Run(base, tables34.RATES["smollm2"], SEED) for base in (DENSE, NF4_DQ)}
     measured = {base: lora_runs.after(lab, subject, kind) for base, kind in runs.items()}
-    adapter = lora_runs.run_folder(lab, subject, runs[NF4])
+    adapter = lora_runs.adapter_folder(lab, subject, runs[NF4_DQ])
     _copy_adapter(adapter, lab.out / "adapter")
-    settings = {**lora_runs.settings(subject, runs[NF4]), "samples": SAMPLE_TOKENS}
+    settings = lora_runs.settings(subject, runs[NF4_DQ])
+    settings |= {"samples": SAMPLE_TOKENS, "prompts": subject.task.prompts}
     studies = {
-        "samples": lambda: _samples(lab, subject, runs[NF4], adapter),
-        MERGED: lambda: _merge(lab, subject, runs[NF4], adapter),
+        "samples": lambda: _samples(lab, subject, runs[NF4_DQ], adapter),
+        MERGED: lambda: _merge(lab, subject, runs[NF4_DQ], adapter),
     }
     further = {
-        ONTO: lambda: _merge_onto_original(lab, subject, runs[NF4], adapter),
-        AGAIN: lambda: _requantize(lab, subject, runs[NF4], adapter, None),
-        AGAIN_ONTO: lambda: _requantize(lab, subject, runs[NF4], adapter, subject.folder),
+        ONTO: lambda: _merge_onto_original(lab, subject, runs[NF4_DQ], adapter),
+        AGAIN: lambda: _requantize(lab, subject, runs[NF4_DQ], adapter, None),
+        AGAIN_ONTO: lambda: _requantize(lab, subject, runs[NF4_DQ], adapter, subject.folder),
     }
     found = {
         name: lab.measure(
@@ -57,11 +59,10 @@ def run(lab: Lab) -> Result:
     }
     return {
         "model": subject.name,
-        "base_folder": str(subject.folder),
         "task": subject.task.name,
         "seeds": [SEED],
-        "lora": asdict(runs[NF4].config),
-        "recipe": asdict(subject.recipe) | {"learning_rate": runs[NF4].learning_rate},
+        "lora": asdict(runs[NF4_DQ].config),
+        "recipe": asdict(subject.recipe) | {"learning_rate": runs[NF4_DQ].learning_rate},
         "prompts": subject.task.prompts,
         "answers": subject.task.answers,
         "after": measured,
@@ -70,11 +71,10 @@ def run(lab: Lab) -> Result:
 
 
 def _copy_adapter(source: Path, target: Path) -> None:
-    """Lay the adapter where a user finds it. Without its run folder there is none, only its numbers."""
-    if (source / WEIGHTS).is_file():
-        with files.new_folder(target) as folder:
-            for name in (WEIGHTS, CONFIG, BASE_CONFIG):
-                shutil.copy(source / name, folder)
+    """Lay the adapter where a user finds it."""
+    with files.new_folder(target) as folder:
+        for name in (WEIGHTS, CONFIG, BASE_CONFIG):
+            shutil.copy(source / name, folder)
 
 
 def _samples(lab: Lab, subject: Subject, kind: Run, adapter: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _samples(lab: Lab, subject: Subject, kind: Run, adapter: Path) -> dict[str, 
 
 def _base_parameters(network: torch.nn.Module) -> int:
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
-    quantized = [m.weight.numel for m in network.modules() if hasattr(m, "packed")]
+    quantized = [m.weight.numel for m in network.modules() if isinstance(m, QLoRALinear)]
     return frozen + sum(quantized)
 
 
@@ -105,12 +105,14 @@ def _merge(lab: Lab, subject: Subject, kind: Run, adapter: Path) -> dict[str, An
     """Merge into 16 bits, write a model folder, read it with plain transformers and measure that."""
     from transformers import AutoModelForCausalLM
 
-    folder = adapter / "merged"
-    shutil.rmtree(folder, ignore_errors=True)
     print("Merging into a 16-bit model ...", flush=True)
     network = merge(lora_runs.load(lab, subject, kind, adapter), MERGED_DTYPE)
-    save_dense(place(network, "cpu", MERGED_DTYPE), subject.folder, folder)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "merged")
+        save_dense(place(network, "cpu", MERGED_DTYPE), subject.folder, folder)
+        plain = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        )
     return lora_runs.held_out(lab, subject, plain.to(lab.device), MERGED)
 
 
@@ -138,7 +140,7 @@ MERGED_MOST = 0.01
 
 def _perplexity(result: Result, which: str) -> float:
     if which == "after":
-        return result["after"][NF4]["held_out"]["perplexity"]
+        return result["after"][NF4_DQ]["held_out"]["perplexity"]
     return result[which]["perplexity"]
 
 
@@ -160,7 +162,7 @@ CLAIMS = (
 
 def section(result: Result) -> str:
     recipe, samples = result["recipe"], result["samples"]
-    parameters = result["after"][NF4]["adapter_parameters"]
+    parameters = result["after"][NF4_DQ]["adapter_parameters"]
     share = parameters / samples["base_parameters"]
     return f"""{result["model"]}, {result["task"]}, {recipe["steps"]} steps of {recipe["micro_batch_size"]}, NF4 + DQ, \
 LoRA rank {result["lora"]["rank"]} on all linear layers: the run of Tables 3 and 4 with seed {SEED}. What is judged \
@@ -175,10 +177,10 @@ Greedy continuations; none of these prompts was trained on:
 
 {show_samples(result)}
 
-Try it yourself:
+Try it yourself; the model's folder is `models/smollm2-135m-instruct` in the cache:
 
 ```
-qlora generate {shlex.quote(result["base_folder"])} --adapter ADAPTER_FOLDER \\
+qlora generate MODEL_FOLDER --adapter ADAPTER_FOLDER \\
     --prompt {shlex.quote(result["prompts"][0])}
 ```"""
 
@@ -209,7 +211,7 @@ def _cell(words: str) -> str:
 
 
 def plots(result: Result, folder: Path) -> dict[str, Path]:
-    path = folder / "loss.svg"
+    path = folder / "finetune.svg"
     with draw.figure(path) as axes:
         for (base, found), color in zip(
             result["after"].items(), (draw.GREY, draw.ORANGE), strict=True
@@ -229,5 +231,5 @@ def show_running_mean(values: list[float], width: int = 10) -> list[float]:
 
 
 EXPERIMENT = Experiment(
-    "finetune", "An adapter to look at, and merging", (1, 3), run, CLAIMS, section, plots
+    "finetune", "An adapter to look at, and merging", (0.6, 2), run, CLAIMS, section, plots
 )

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-
-import torch
-from torch import nn
 
 from paper_repro.harness.experiment import Claim, Experiment, Result, table
 from paper_repro.harness.lab import Lab
-from qlora import QLoRAConfig, load_adapter, quantize_model, shapes
-from qlora.data import Example
+from paper_repro.measures import small_llama
+from qlora import QLoRAConfig, shapes
 from qlora.fit import CARDS, GIB, RESERVE
 from qlora.memory import plan_memory
 from qlora.recipe import TrainConfig
-from qlora.testing import relative_rmse
-from qlora.train import train
 
 ADAPTER = {
     "rank": 64,
@@ -93,10 +85,7 @@ def run(lab: Lab) -> Result:
         size: lab.measure(f"guanaco-{size}", {**key, "size": size}, lambda size=size: _plan(size))
         for size in BY_SIZE
     }
-    tiny = lab.measure(
-        "guanaco-tiny", {"model": TINY, "steps": STEPS}, lambda: _run_tiny(lab.device)
-    )
-    return {"defaults": _defaults(), "plans": plans, "tiny": tiny, "seeds": [SEED]}
+    return {"defaults": _defaults(), "plans": plans, "tiny": _tiny(lab), "seeds": [SEED]}
 
 
 def _defaults() -> dict[str, Any]:
@@ -114,46 +103,16 @@ def _plan(size: str) -> dict[str, int]:
     return {**asdict(plan), "total": plan.total}
 
 
-def _run_tiny(device: torch.device) -> dict[str, Any]:
-    """A few steps of the 7B's recipe on a small random model and random tokens, up to the saved adapter."""
+def _tiny(lab: Lab) -> dict[str, Any]:
+    """A few steps of the 7B's recipe."""
     adapter, training = settings("7b")
     training = replace(training, steps=STEPS, seed=SEED)
-    model = _tiny(adapter).to(device)
-    data = _random_examples(STEPS * training.batch_size, training.max_length)
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        train(model, data, training, folder, progress=False)
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        written = sorted(path.name for path in folder.glob("adapter*"))
-        again = _tiny(adapter).to(device)
-        load_adapter(again, folder)
-    ids = data[0].input_ids[None].to(device)
-    with torch.no_grad():
-        answers = [each.eval()(ids).logits for each in (_tiny(adapter).to(device), model, again)]
-    return {
-        "metrics": [json.loads(line) for line in lines],
-        "written": written,
-        "learned": relative_rmse(answers[1], answers[0]),
-        "apart": relative_rmse(answers[2], answers[1]),
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
-
-
-def _tiny(adapter: QLoRAConfig) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(SEED)
-    model = LlamaForCausalLM(LlamaConfig(**TINY))
-    quantize_model(model, adapter)
-    return model
-
-
-def _random_examples(count: int, longest: int) -> list[Example]:
-    """Of all lengths up to the longest."""
-    generator = torch.Generator().manual_seed(SEED)
-    lengths = torch.linspace(longest // 8, longest, count).int().tolist()
-    drawn = [torch.randint(3, TINY["vocab_size"], (n,), generator=generator) for n in lengths]
-    return [Example(ids, ids) for ids in drawn]
+    return lab.measure(
+        "guanaco-tiny",
+        {"model": TINY, "steps": STEPS, "seed": SEED},
+        lambda: small_llama.run(TINY, adapter, training, lab.device),
+        (small_llama,),
+    )
 
 
 def _other(result: Result) -> dict[str, tuple[Any, Any]]:
@@ -224,6 +183,7 @@ CLAIMS = (
             f"{size.upper()} {r['plans'][size]['total'] / GIB:.1f} GiB: {_fits(r, size, card)}"
             for size, card in FITS.items()
         ),
+        trend=True,
     ),
     Claim(
         statement="The recipe runs from the base to the saved adapter (a small random LLaMA, random tokens)",

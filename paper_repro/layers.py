@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from paper_repro.harness import draw, stats
-from paper_repro.harness.experiment import Claim, Experiment, Result, table
+from paper_repro.harness.experiment import Claim, Experiment, Result, seeds_in_words, table
 from paper_repro.harness.lab import Lab
 from paper_repro.measures import lora_runs
-from paper_repro.measures.lora_runs import NF4, Run
+from paper_repro.measures.lora_runs import NF4_DQ, Run
 
 ATTENTION, FEED_FORWARD = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -26,7 +27,7 @@ RATES = (5e-3, 1e-2, 2e-2)
 def run(lab: Lab) -> Result:
     seeds = lab.choose([0, 1, 2], [0, 1, 2, 3, 4])
     subject = lora_runs.own(lab)
-    kinds = {name: Run(NF4, 0.0, 0, targets=targets) for name, targets in TARGETS.items()}
+    kinds = {name: Run(NF4_DQ, 0.0, 0, targets=targets) for name, targets in TARGETS.items()}
     return {
         "model": subject.name,
         "task": subject.task.name,
@@ -76,26 +77,38 @@ CLAIMS = (
 def section(result: Result) -> str:
     rows = []
     for name, found in result["targets"].items():
-        against = stats.spread(_above_all(result, name)).mean
-        p = stats.paired_p(_perplexities(result, name), _perplexities(result, "all"))
         rows.append(
             (
                 name,
                 f"{found['runs'][0]['adapter_parameters']:,}",
-                f"{found['learning_rate']:g}",
+                rate_in_words(found),
                 str(stats.spread(_perplexities(result, name))),
-                "-" if name == "all" else f"{against:+.1%}",
-                "-" if name == "all" else stats.p_in_words(p),
+                *show_against_all(result, name),
             )
         )
     header = ["adapters on", "parameters", "learning rate", "perplexity", "against all", "p"]
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     return (
         f"The {result['model']}, {result['task']}, NF4 + DQ, rank {result['rank']}, seeds "
-        f"{', '.join(map(str, result['seeds']))}. The learning rate of each is the best of {rates} on further held-out "
+        f"{seeds_in_words(result)}. The learning rate of each is the best of {rates} on further held-out "
         "records, with the first seed. Mean and standard deviation over seeds; p of the paired t-test.\n\n"
         + table(header, rows)
+        + f"\n\n{EDGE}"
     )
+
+
+def show_against_all(result: Result, name: str) -> tuple[str, str]:
+    if name == "all":
+        return "-", "-"
+    p = stats.paired_p(_perplexities(result, name), _perplexities(result, "all"))
+    return f"{stats.spread(_above_all(result, name)).mean:+.1%}", stats.p_in_words(p)
+
+
+EDGE = "An asterisk marks a rate at the edge of those tried: one beyond it might do better."
+
+
+def rate_in_words(tuned: dict[str, Any]) -> str:
+    return f"{tuned['learning_rate']:g}{'*' * tuned['is_at_edge']}"
 
 
 def plots(result: Result, folder: Path) -> dict[str, Path]:
@@ -117,7 +130,7 @@ def plots(result: Result, folder: Path) -> dict[str, Path]:
 EXPERIMENT = Experiment(
     "layers",
     "Figure 2: which layers need adapters",
-    (1.3, 2.2),
+    (1.2, 2.2),
     run,
     CLAIMS,
     section,

@@ -1,4 +1,4 @@
-"""Small texts in the formats that paper_repro reads, and small LLaMAs."""
+"""Small texts in the formats that paper_repro reads, small LLaMAs, and a lab that takes itself to have a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import bz2
 from pathlib import Path
 
 import pytest
+import torch
 
+from paper_repro.harness.lab import Lab
 from qlora import shapes
 
 SENTENCE = "A sentence of prose that is long enough to be kept by the cleaner of wiki text."
@@ -26,6 +28,13 @@ def shrink_llama(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LLAMA.keys() == shapes.LLAMA.keys()
     for name, shape in LLAMA.items():
         monkeypatch.setitem(shapes.LLAMA, name, shape)
+
+
+def pretended_gpu(folder: Path) -> Lab:
+    """A lab for what never gets to the GPU."""
+    lab = Lab(folder)
+    lab.device = torch.device("cuda")
+    return lab
 
 
 def write_dump(path: Path, pages: dict[str, str]) -> Path:

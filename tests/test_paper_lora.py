@@ -1,4 +1,4 @@
-"""LoRA's sizes and latency, the paged optimizer and Guanaco's recipe in paper_repro: counts by hand, and what runs."""
+"""LoRA's sizes and latency, and Guanaco's recipe in paper_repro: counts by hand, and what runs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paper_repro import guanaco, latency, paged
-from paper_repro.harness.experiment import NOT_RUN
-from paper_repro.measures import gpt2, lora_shapes
+from paper_repro import guanaco, latency
+from paper_repro.measures import forward_times, gpt2, lora_shapes, small_llama
 from paper_repro.measures.gpt2 import ADAPTER_H, ADAPTER_L, BASE, MERGED, UNMERGED
 from paper_repro.measures.lora_shapes import SHAPES
 from qlora import __main__ as command_line
 from qlora import commands
 from qlora.config import QLoRAConfig
 from qlora.recipe import TrainConfig
-from tests.paper import LLAMA, shrink_llama
-from tests.paper_results import paged as paged_result
+from tests.paper import pretended_gpu, shrink_llama
+from tests.paper_results import latency as latency_result
 from tests.tiny import llama, model_folder
 
 INNER = {ADAPTER_L: 6, ADAPTER_H: 3}
@@ -133,9 +132,9 @@ def test_models_take_turns(models: dict[str, nn.Module], monkeypatch: pytest.Mon
         turns.append(names[id(model)])
         return float(len(turns))
 
-    monkeypatch.setattr(latency, "_seconds", seconds)
+    monkeypatch.setattr(forward_times, "_seconds", seconds)
     threads = torch.get_num_threads()
-    found = latency.measure(models, batch=1, length=8, rounds=5, device=torch.device("cpu"))
+    found = forward_times.measure(models, batch=1, length=8, rounds=5, device=torch.device("cpu"))
     assert torch.get_num_threads() == threads
     for place in range(5):
         assert {turns[5 * turn + place] for turn in range(5)} == set(models)
@@ -143,35 +142,52 @@ def test_models_take_turns(models: dict[str, nn.Module], monkeypatch: pytest.Mon
     assert found["apart"] < 1e-5 < found["adapted"]
 
 
-def test_a_ratio_is_the_median_of_pairs() -> None:
+def test_answers_are_compared_on_one_row(models: dict[str, nn.Module]) -> None:
+    rows: list[int] = []
+    hooks = [
+        model.register_forward_pre_hook(lambda own, inputs: rows.append(len(inputs[0])))
+        for model in models.values()
+    ]
+    forward_times.measure(models, batch=3, length=8, rounds=1, device=torch.device("cpu"))
+    for hook in hooks:
+        hook.remove()
+    assert rows == [1] * 5 + [3] * 5 + [3] * 5
+
+
+@pytest.mark.parametrize("fits", [("1/128", "16/256"), ()])
+def test_what_does_not_fit_on_the_gpu_is_left_out(
+    fits: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    point = latency_result.passing()["points"][latency.JUDGED]
+    on_gpu = [latency.POINTS[name][:2] for name in fits]
+
+    def measure(models: object, batch: int, length: int, rounds: int, device: torch.device) -> dict:
+        if device.type == "cuda" and (batch, length) not in on_gpu:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return {**point, "on": device.type, "rounds": rounds}
+
+    monkeypatch.setattr(gpt2, "contenders", lambda **sizes: {})
+    monkeypatch.setattr(forward_times, "measure", measure)
+    result = latency.run(pretended_gpu(tmp_path))
+    assert result["on_gpu"] == bool(fits)
+    assert set(result["points"]) == set(fits or [latency.JUDGED])
+    judged = result["points"][latency.JUDGED]
+    assert (judged["on"], judged["rounds"]) == (("cuda", 100) if fits else ("cpu", 6))
+    left_out = "32/512 (too large for this GPU)" if fits else "16/256, 32/512 (minutes"
+    assert f"Not run here: {left_out}" in latency.section(result)
+
+
+def test_what_a_model_adds_is_the_median_of_pairs() -> None:
     point = {"seconds": {BASE: [1.0, 2.0, 4.0], MERGED: [1.1, 2.4, 4.8]}}
-    found = latency.ratio(point, MERGED)
-    assert found.mean == pytest.approx(1.2)
-    assert found.low == pytest.approx(1.1)
-    assert found.high == pytest.approx(1.2)
-    assert latency.ratio(point, BASE).low == 1
+    found = latency.slower(point, MERGED)
+    assert found.mean == pytest.approx(0.2)
+    assert found.low == pytest.approx(0.1)
+    assert found.high == pytest.approx(0.2)
+    assert latency.slower(point, BASE).low == 0
 
 
 def test_a_pass_takes_time(models: dict[str, nn.Module]) -> None:
-    assert latency._seconds(models[BASE], torch.arange(8)[None]) > 0
-
-
-# --- The paged optimizer ------------------------------------------------------------------------------
-
-
-def test_adapters_of_one_block_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_llama(monkeypatch)
-    width, _, _, ffn = LLAMA["llama-7b"]
-    expected = paged.RANK * (4 * 2 * width + 3 * (width + ffn))
-    assert sum(size.numel() for size in paged.adapter_shapes(1)) == expected
-
-
-def test_without_a_gpu_nothing_is_said_of_paging() -> None:
-    result = paged_result.passing() | {"gpu": None}
-    verdicts = [claim.verdict(result) for claim in paged.CLAIMS]
-    assert [verdict == NOT_RUN for verdict in verdicts] == [True, False, True, True, False]
-    assert all("GPU" in c.measured(result) for c in paged.CLAIMS if c.verdict(result) == NOT_RUN)
-    assert "nothing can be said" in paged.section(result)
+    assert forward_times._seconds(models[BASE], torch.arange(8)[None]) > 0
 
 
 # --- Guanaco ------------------------------------------------------------------------------------------
@@ -188,6 +204,20 @@ def test_the_command_has_the_settings_that_are_planned(size: str) -> None:
     assert TrainConfig(**commands._given(args, TrainConfig)) == training
     assert lora.dropout == guanaco.BY_SIZE[size]["dropout"]
     assert training.learning_rate == guanaco.BY_SIZE[size]["learning_rate"]
+
+
+def test_a_small_run_trains_saves_and_loads() -> None:
+    adapter, training = guanaco.settings("7b")
+    sizes = guanaco.TINY | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    training = replace(training, steps=2, gradient_accumulation_steps=3, max_length=32)
+    runs = [
+        small_llama.run(sizes, adapter, replace(training, seed=seed), torch.device("cpu"))
+        for seed in (0, 0, 1)
+    ]
+    assert runs[0]["apart"] <= guanaco.SAME < runs[0]["learned"]
+    assert runs[0]["parameters"] == adapter.rank * (4 * 2 * 64 + 3 * (64 + 96))
+    losses = [[step["loss"] for step in run["metrics"]] for run in runs]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_states_that_are_paged_out_make_a_model_fit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +91,37 @@ def test_the_codebook_is_in_the_settings() -> None:
     assert DataType("settings-test").settings["values"] == values
     assert DATA_TYPES[BASE].settings["values"] is None
     assert in_data_type.LABELS.keys() == DATA_TYPES.keys()
+
+
+def test_each_data_type_is_remembered_by_itself(tmp_path: Path) -> None:
+    lab, asked = Lab(tmp_path), []
+
+    def measure(name: str) -> dict[str, str]:
+        asked.append(name)
+        return {"of": name}
+
+    def found(names: list[str], **settings: int) -> dict[str, dict[str, str]]:
+        chosen = {name: DATA_TYPES[name] for name in names}
+        return in_data_type.measure_each(lab, "test", settings, chosen, measure)
+
+    assert found(["nf4"]) == {"nf4": {"of": "nf4"}}
+    assert found(["e2m1", "nf4"]) == {"e2m1": {"of": "e2m1"}, "nf4": {"of": "nf4"}}
+    assert asked == ["nf4", "e2m1"]
+    found(["nf4"], size=2)
+    assert asked == ["nf4", "e2m1", "nf4"]
+
+
+def test_the_code_that_measures_a_data_type_is_in_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources: list[str] = []
+
+    def keep(what: str, settings: Any, function: Any, modules: Any) -> None:
+        sources.extend([function.__code__.co_filename, *(module.__file__ for module in modules)])
+
+    lab = Lab(tmp_path)
+    monkeypatch.setattr(lab, "measure", keep)
+    chosen = {"nf4": DATA_TYPES["nf4"]}
+    in_data_type.measure_each(lab, "test", {}, chosen, lambda name: {}, (perplexity,))
+    for file in (__file__, in_data_type.__file__, perplexity.__file__):
+        assert file in sources

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 from paper_repro.harness import draw, errata, out_of_reach, page, published, report
+from paper_repro.harness.chapter import read_chapter
 from paper_repro.harness.experiment import IN_TREND, NOT_REPRODUCED, NOT_RUN, REPRODUCED, VERDICTS
 from paper_repro.harness.lab import Lab
 from paper_repro.harness.registry import EXPERIMENTS
 from qlora import files
 from qlora.__main__ import _parser
 from tests import pages
+from tests.paper_world import results
 
 ORIGIN = {
     "device": "a processor",
@@ -31,12 +33,15 @@ ORIGIN = {
 
 
 def passing(name: str) -> dict[str, Any]:
-    return importlib.import_module(f"tests.paper_results.{name}").passing()
+    return results(name).passing()
 
 
-def write_record(folder: Path, name: str, result: dict[str, Any]) -> None:
-    record = {"experiment": name, "mode": "quick", "measured_on": [ORIGIN], "seconds": 90.0}
-    files.write_json(folder / f"{name}.json", {**record, "result": result})
+def write_record(
+    folder: Path, name: str, result: dict[str, Any], seconds: dict[str, float] | None = None
+) -> None:
+    record = {"experiment": name, "mode": "quick", "measured_on": [ORIGIN], "result": result}
+    record["measurements"] = {name: 90.0} if seconds is None else seconds
+    files.write_json(folder / f"{name}.json", record)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,7 @@ def test_the_report_is_made_from_the_json_files_alone(everything: Path) -> None:
     assert len(failed) == 1
     assert failed[0].startswith("| [bits](#bits) | Double quantization takes 0.127")
     assert f"| {NOT_REPRODUCED} | 1 |" in words
-    assert "of another version" not in words
+    assert "this version" not in words
     assert "Mode: quick. Device: a processor, 2 cores. Commit: abc." in words
     assert "python 3.12, torch 2.13, transformers 5.23" in words
     for name, experiment in EXPERIMENTS.items():
@@ -133,19 +138,49 @@ def test_a_claim_that_needs_a_gpu_says_so(tmp_path: Path) -> None:
     assert f"measured: a full step on a GPU | {why} |" in words
 
 
-def without_mode(record: dict[str, Any]) -> None:
-    del record["mode"]
+def test_a_shared_measurement_counts_once(tmp_path: Path) -> None:
+    for name in ("bits", "datatypes"):
+        write_record(tmp_path, name, passing(name), {"shared": 150.0, name: 60.0})
+    words = report.write(tmp_path).read_text()
+    assert "Time to measure it: 4 min." in words  # 150 + 60 + 60 s
+    assert len(re.findall(r"\| 210\.0 \|$", words, re.MULTILINE)) == 2  # each by itself
+
+
+def test_a_chapter_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bits, made = EXPERIMENTS["bits"], []
+
+    def section(result: dict[str, Any]) -> str:
+        made.append(1)
+        return "A section."
+
+    monkeypatch.setitem(EXPERIMENTS, "bits", replace(bits, section=section))
+    write_record(tmp_path, "bits", passing("bits"))
+    chapter = read_chapter(tmp_path, EXPERIMENTS["bits"])
+    assert "A section." in report.write(tmp_path, {"bits": chapter}).read_text()
+    assert len(made) == 1
+
+
+def without_measurements(record: dict[str, Any]) -> None:
+    del record["measurements"]
 
 
 def without_sizes(record: dict[str, Any]) -> None:
     del record["result"]["models"]
 
 
+def with_a_number_for_bits(record: dict[str, Any]) -> None:
+    record["result"]["bits"] = 4.127
+
+
 @pytest.mark.parametrize(
     ("age", "why"),
     [
-        (without_mode, "bits.json is of an earlier version"),
-        (without_sizes, "bits.json is of another version, it has no 'models'"),
+        (without_measurements, "bits.json is of an earlier version"),
+        (without_sizes, "bits.json does not fit this version (KeyError: 'models')"),
+        (
+            with_a_number_for_bits,
+            "bits.json does not fit this version (TypeError: 'float' object is not subscriptable)",
+        ),
     ],
 )
 def test_a_json_of_another_version_is_to_be_made_again(
@@ -157,6 +192,19 @@ def test_a_json_of_another_version_is_to_be_made_again(
     files.write_json(tmp_path / "bits.json", record)
     words = report.write(tmp_path).read_text()
     assert f"| bits | all claims | {why}: run `python -m paper_repro bits` again |" in words
+    assert f"## {EXPERIMENTS['bits'].title}" not in words
+
+
+def test_a_result_that_its_plots_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plots(result: dict[str, Any], folder: Path) -> dict[str, Path]:
+        raise IndexError("no such bar")
+
+    monkeypatch.setitem(EXPERIMENTS, "bits", replace(EXPERIMENTS["bits"], plots=plots))
+    write_record(tmp_path, "bits", passing("bits"))
+    words = report.write(tmp_path).read_text()
+    assert "| bits | all claims | bits.json does not fit this version (IndexError: no such" in words
 
 
 def test_a_bar_or_a_line_break_does_not_end_a_cell(
@@ -257,6 +305,26 @@ def test_the_same_results_give_the_same_plots(tmp_path: Path) -> None:
         report.write(tmp_path / name)
     one, other = ((tmp_path / name / "report.html").read_bytes() for name in ("one", "other"))
     assert one == other
+
+
+def test_a_plot_that_is_half_written_does_not_replace_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    def killed(self: Figure, path: Path, **options: Any) -> None:
+        path.write_text("<svg")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "plots" / "a.svg"
+    with draw.figure(path) as axes:
+        axes.plot([1, 2])
+    whole = path.read_text()
+    monkeypatch.setattr(Figure, "savefig", killed)
+    with pytest.raises(KeyboardInterrupt), draw.figure(path):
+        pass
+    assert path.read_text() == whole
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_plot_is_an_svg(tmp_path: Path) -> None:

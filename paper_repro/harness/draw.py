@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-BLUE, ORANGE, GREY, LIGHT = "#2f6db3", "#d9772b", "#5a5a5a", "#b9cfe8"
+from qlora import files
 
+BLUE, ORANGE, GREY, LIGHT = "#2f6db3", "#d9772b", "#5a5a5a", "#b9cfe8"
 
 STYLE = {
     "font.size": 10,
@@ -39,7 +40,7 @@ def figure(path: Path, width: float = 7.2, height: float = 3.6) -> Iterator[Any]
         drawn, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
         try:
             yield axes
-            path.parent.mkdir(parents=True, exist_ok=True)
-            drawn.savefig(path, metadata={"Date": None})
+            with files.new_file(path) as temporary:
+                drawn.savefig(temporary, format="svg", metadata={"Date": None})
         finally:
             pyplot.close(drawn)

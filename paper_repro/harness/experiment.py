@@ -81,6 +81,11 @@ class Experiment:
     lessons: Callable[[Result], Sequence[str]] = lambda result: ()
 
 
+def seeds_in_words(result: Result) -> str:
+    """The seeds of a result, or a dash where nothing is drawn."""
+    return ", ".join(map(str, result.get("seeds", []))) or "-"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], text: bool = False) -> str:
     """A Markdown table; the first column is text, the others are numbers, or all are text."""
     rule = [":--", *(":--" if text else "--:" for _ in header[1:])]

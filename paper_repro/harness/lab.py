@@ -1,34 +1,30 @@
 """Where measurements are kept, and under which key, so that nothing is measured twice.
 
 A measurement is a JSON file named by a digest of everything that determines it: what is measured with
-which settings, the model and text, the library's own code, torch's version and the device. A run that
-was killed finds what it had measured; a change in the library's code makes it measure again.
+which settings, the model and text, the library's own code, the versions of torch and transformers, and
+the device. A run that was killed finds what it had measured; a change in the library's code makes it
+measure again.
 """
 
 from __future__ import annotations
 
-import ast
 import fcntl
-import hashlib
-import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 
-import qlora
+from paper_repro.harness.digests import code_digest, digest_of, library_digest
 from qlora import files
-
-# What only shows results has one of these names, or begins with `show_`.
-PRESENTATION = {"CLAIMS", "EXPERIMENT", "section", "plots", "errata", "lessons"}
 
 T = TypeVar("T")
 
@@ -47,7 +43,7 @@ class Lab:
     Attributes:
         folder: the cache folder: downloads, converted models, measurements, training runs.
         out: the folder for results.
-        fresh: measure anew what is remembered.
+        fresh: measure anew what is remembered, once each.
         full: take more seeds, tokens and steps than fit into twenty minutes on two cores.
         device: what models and tensors are put on: the GPU if there is one.
     """
@@ -64,7 +60,8 @@ class Lab:
         self.fresh = fresh
         self.full = full
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._used: list[dict[str, Any]] = []
+        self._made: set[Path] = set()
+        self._used: dict[str, dict[str, Any]] = {}
 
     @contextmanager
     def lock(self) -> Iterator[Lab]:
@@ -108,10 +105,10 @@ class Lab:
         sources = [Path(function.__code__.co_filename), *(Path(m.__file__) for m in modules)]
         key = {**self.key(settings), "code": code_digest(sources)}
         path = self.folder / "measured" / f"{what}-{digest_of(key)[:16]}.json"
-        if self.fresh or not path.is_file():
+        if not path.is_file() or (self.fresh and path not in self._made):
             files.write_json(path, self.record(key, function))
-        record = files.read_json(path)
-        self._used.append(record)
+            self._made.add(path)
+        record = self._used[path.stem] = files.read_json(path)
         return record["value"]
 
     def record(self, key: dict[str, Any], function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -129,66 +126,40 @@ class Lab:
         return {
             **settings,
             "library": library_digest(),
-            "torch": torch.__version__,
+            **_versions(),
             "device": device_name(),
         }
 
     def collect(self) -> dict[str, Any]:
-        """Provenance of all that was measured since the last call: distinct origins and their seconds."""
-        origins = {digest_of(record["provenance"]): record["provenance"] for record in self._used}
-        seconds = sum(record["seconds"] for record in self._used)
-        self._used = []
-        return {"measured_on": list(origins.values()), "seconds": round(seconds, 1)}
+        """Provenance of all that was used since the last call.
+
+        Returns:
+            "measured_on", the distinct origins; "measurements", the seconds that each took, by its name: two
+            experiments that share a measurement both have it.
+        """
+        used, self._used = self._used, {}
+        origins = {
+            digest_of(record["provenance"]): record["provenance"] for record in used.values()
+        }
+        seconds = {name: record["seconds"] for name, record in used.items()}
+        return {"measured_on": list(origins.values()), "measurements": seconds}
 
 
 @cache
-def library_digest() -> str:
-    """A digest of the library's code; comments, docstrings and layout do not count."""
-    root = Path(qlora.__file__).parent
-    return code_digest([*sorted(root.glob("*.py")), *sorted((root / "kernels").glob("*.py"))])
-
-
-def code_digest(sources: Iterable[Path]) -> str:
-    """A digest of what the code does, not of how it is commented, laid out or its results presented."""
-    digest = hashlib.sha256()
-    for path in sources:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        tree.body = [node for node in tree.body if not _only_shows(node)]
-        for node in ast.walk(tree):
-            if isinstance(getattr(node, "body", None), list):
-                node.body = [child for child in node.body if not _is_text(child)]
-        digest.update(f"{path.name}\n{ast.dump(tree)}\n".encode())
-    return digest.hexdigest()
-
-
-def _only_shows(statement: ast.stmt) -> bool:
-    """Whether a module's statement defines something that presents results."""
-    targets = getattr(statement, "targets", [getattr(statement, "target", statement)])
-    names = [getattr(target, "id", getattr(target, "name", "")) for target in targets]
-    return any(name in PRESENTATION or name.startswith("show_") for name in names)
-
-
-def _is_text(node: ast.AST) -> bool:
-    """Whether a statement is a string by itself: a docstring."""
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+def _versions() -> dict[str, str]:
+    """Of the packages that decide what a number is."""
+    return {name: version(name) for name in ("torch", "transformers")}
 
 
 def provenance() -> dict[str, Any]:
     """Device, versions and commit, as far as they can be told."""
-    import transformers
-
     return {
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **_versions(),
         "commit": commit(),
     }
 
@@ -215,8 +186,3 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return described.stdout.strip()
-
-
-def digest_of(value: Any) -> str:
-    """The SHA-256 of what can be written as JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

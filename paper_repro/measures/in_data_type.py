@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from inspect import getmodule
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,11 +41,11 @@ class DataType:
         return dequantize_4bit(q)
 
 
-BASE = "base"
+BASE, NF4, NF4_DQ = "base", "nf4", "nf4+dq"
 DATA_TYPES: dict[str, DataType] = {
     BASE: DataType(None),
-    "nf4": DataType("nf4"),
-    "nf4+dq": DataType("nf4", double_quant=True),
+    NF4: DataType("nf4"),
+    NF4_DQ: DataType("nf4", double_quant=True),
     "fp4": DataType("fp4"),
     "e2m1": DataType("e2m1"),
     "int4": DataType("int4"),
@@ -51,8 +53,8 @@ DATA_TYPES: dict[str, DataType] = {
 }
 LABELS = {
     BASE: "base",
-    "nf4": "NF4",
-    "nf4+dq": "NF4 + DQ",
+    NF4: "NF4",
+    NF4_DQ: "NF4 + DQ",
     "fp4": "FP4 (bitsandbytes)",
     "e2m1": "FP4 E2M1",
     "int4": "Int4",
@@ -64,6 +66,32 @@ MODELS = {"smollm2": model.MODEL_NAME, "own": own_model.NAME}
 def model_folders(lab: Lab) -> dict[str, Path]:
     """The two models: one that comes from a 4-bit lattice, and one that was never quantized."""
     return {"smollm2": model.model_folder(lab.folder), "own": own_model.own_folder(lab)}
+
+
+def measure_each(
+    lab: Lab,
+    what: str,
+    settings: Mapping[str, Any],
+    data_types: Mapping[str, DataType],
+    measure: Callable[[str], dict[str, Any]],
+    modules: Sequence[ModuleType] = (),
+) -> dict[str, Any]:
+    """The value of each data type, by its name, each remembered by itself.
+
+    Args:
+        what: a short name; with the data type's it is part of the name of a file.
+        settings: everything that determines the values besides the data type.
+        data_types: by the names under which the values are returned.
+        measure: measures the data type of a name. The code of its module is part of the key.
+        modules: further modules whose code determines the values.
+    """
+
+    def one(name: str, data_type: DataType) -> dict[str, Any]:
+        of_type = {**settings, "data type": data_type.settings}
+        return lab.measure(f"{what}-{name}", of_type, lambda: measure(name), sources)
+
+    sources = (getmodule(measure), *modules)
+    return {name: one(name, data_type) for name, data_type in data_types.items()}
 
 
 class HeldModel:

@@ -15,27 +15,29 @@ from typing import Any
 
 import torch
 
-from paper_repro.harness.lab import Lab
+from paper_repro.harness.lab import Lab, code_digest, digest_of
 from paper_repro.materials import assets, model, own_model, text
 from paper_repro.measures import perplexity
+from paper_repro.measures.in_data_type import NF4_DQ
 from qlora import QLoRAConfig, files
 from qlora.data import Example, load_dataset
+from qlora.peft_format import WEIGHTS
 from qlora.pretrained import load_quantized, load_tokenizer
 from qlora.train import TrainConfig, train
 
-DENSE, NF4 = "dense", "nf4+dq"
+DENSE = "dense"
 BASES: dict[str, dict[str, Any]] = {
     DENSE: {"format": None},
-    NF4: {"format": "nf4"},
+    NF4_DQ: {"format": "nf4"},
     "fp4": {"format": "fp4", "double_quant": False},
     "int4": {"format": "int4", "double_quant": False},
 }
-LABELS = {DENSE: "not quantized", NF4: "NF4 + DQ", "fp4": "FP4", "int4": "Int4"}
+LABELS = {DENSE: "not quantized", NF4_DQ: "NF4 + DQ", "fp4": "FP4", "int4": "Int4"}
 
 ALPHA = 16  # fixed, as in the paper: the learning rate makes up for it (appendix A)
 EVAL_BATCH = 8
-SMOLLM2_SIZES = ((24, 8, 96), (48, 16, 192))  # quick and full: steps, batch, held-out examples
-OWN_SIZES = (48, 16, 240, 240)  # steps, batch, held-out and validation examples
+SMOLLM2_SIZES = ((20, 8, 96), (48, 16, 192))  # quick and full: steps, batch, held-out examples
+OWN_SIZES = (40, 16, 240, 120)  # steps, batch, held-out and validation examples
 RECIPE = TrainConfig(
     schedule="linear",
     warmup_steps=5,
@@ -44,7 +46,7 @@ RECIPE = TrainConfig(
     max_grad_norm=1.0,
     gradient_checkpointing=False,
     precision="float32",
-    checkpoint_every=24,
+    checkpoint_every=20,
     keep_checkpoints=1,
 )
 
@@ -111,10 +113,9 @@ def _subject(
     validation: int,
 ) -> Subject:
     task = _task(lab, steps * batch, held_out + validation)
-    records = json.dumps([task.train, task.held_out])
     settings = {
         "model": digest,
-        "data": hashlib.sha256(records.encode()).hexdigest(),
+        "data": data_digest(task),
         "examples": [steps, batch, held_out, validation],
     }
     rest = task.held_out[held_out:]
@@ -129,6 +130,11 @@ def _task(lab: Lab, train: int, held_out: int) -> text.Task:
     if data_noun is not None:
         return text.definition_task(data_noun, train, held_out)
     return text.continuation_task(assets.wikipedia_file(lab.folder), train, held_out)
+
+
+def data_digest(task: text.Task) -> str:
+    """The SHA-256 of all records."""
+    return digest_of([task.train, task.held_out])
 
 
 def before(lab: Lab, subject: Subject, base: str) -> dict[str, Any]:
@@ -147,21 +153,19 @@ def after(lab: Lab, subject: Subject, run: Run) -> dict[str, Any]:
 
     Returns:
         "held_out", as of `perplexity.measure`; "validation_nll", or None where there are no such records; "losses" of
-        the steps; "adapter_parameters".
+        the steps; "base_is_untouched", whether training left all but the adapter as it was; "adapter_parameters".
     """
 
     def function() -> dict[str, Any]:
-        print(f"LoRA, {subject.name}, {in_words(run)}", flush=True)
         network = load(lab, subject, run)
-        recipe = replace(subject.recipe, learning_rate=run.learning_rate, seed=run.seed)
-        folder = run_folder(lab, subject, run)
-        examples = _examples(lab, subject, subject.task.train)
-        train(network, examples, recipe, folder, resume=not lab.fresh)
+        before = base_digest(network)
+        folder = _train(lab, subject, run, network)
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return {
             "held_out": held_out(lab, subject, network, in_words(run)),
             "validation_nll": _validation(lab, subject, network),
             "losses": [json.loads(line)["loss"] for line in lines],
+            "base_is_untouched": base_digest(network) == before,
             "adapter_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         }
 
@@ -175,7 +179,8 @@ def tuned(
     """A kind of run at the learning rate that suits it best, chosen with the first seed on the validation records.
 
     Returns:
-        "rates", the validation loss of each; "learning_rate", the best; "runs", as of `after`, one for each seed.
+        "rates", the validation loss of each; "learning_rate", the best; "is_at_edge", whether it is the lowest or
+        the highest of those tried; "runs", as of `after`, one for each seed.
     """
     tried = {rate: replace(run, learning_rate=rate, seed=seeds[0]) for rate in rates}
     losses = {rate: after(lab, subject, each)["validation_nll"] for rate, each in tried.items()}
@@ -184,6 +189,7 @@ def tuned(
     return {
         "rates": {f"{rate:g}": loss for rate, loss in losses.items()},
         "learning_rate": best,
+        "is_at_edge": best in (min(rates), max(rates)),
         "runs": runs,
     }
 
@@ -195,9 +201,39 @@ def in_words(run: Run) -> str:
     )
 
 
-def run_folder(lab: Lab, subject: Subject, run: Run) -> Path:
-    """Where the run's adapter and metrics lie."""
-    return lab.run_folder(_name("run", subject, run.base), settings(subject, run))
+def adapter_folder(lab: Lab, subject: Subject, run: Run) -> Path:
+    """Where the run's adapter lies. It is trained again if it is gone, though its numbers are remembered."""
+    after(lab, subject, run)
+    folder = _run_folder(lab, subject, run)
+    if not (folder / WEIGHTS).is_file():
+        _train(lab, subject, run, load(lab, subject, run))
+    return folder
+
+
+def _train(lab: Lab, subject: Subject, run: Run, network: torch.nn.Module) -> Path:
+    """Train the network's adapter, and return the folder that it is in then."""
+    print(f"LoRA, {subject.name}, {in_words(run)}", flush=True)
+    recipe = replace(subject.recipe, learning_rate=run.learning_rate, seed=run.seed)
+    folder, examples = _run_folder(lab, subject, run), _examples(lab, subject, subject.task.train)
+    train(network, examples, recipe, folder, resume=not lab.fresh)
+    return folder
+
+
+def base_digest(network: torch.nn.Module) -> str:
+    """The SHA-256 of all that is no adapter: codes, scales, embeddings, norms."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        if ".adapters." not in name:
+            digest.update(name.encode())
+            values = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _run_folder(lab: Lab, subject: Subject, run: Run) -> Path:
+    """Where the run's adapter, checkpoints and metrics lie; another one when this code has changed."""
+    key = {**settings(subject, run), "trained by": code_digest([Path(__file__)])}
+    return lab.run_folder(_name("run", subject, run.base), key)
 
 
 def load(lab: Lab, subject: Subject, run: Run, adapter: Path | None = None) -> torch.nn.Module:

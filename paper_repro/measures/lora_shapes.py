@@ -69,6 +69,7 @@ SHAPES = {
     "GPT-3, r 1": _gpt2(12288, 96, 96, rank=1, printed="4.7", context=2048),
     "GPT-3, r 8": _gpt2(12288, 96, 96, rank=8, printed="37.7", context=2048),
 }
+PAPER_PARAMETERS = 175_255.8e6  # GPT-3, LoRA's table 4
 CHECKPOINT = _gpt2(12288, 96, 96, rank=4, printed="", context=2048)
 TRAINED = {"GPT-2 M": "float32", "GPT-3, r 8": "bfloat16"}
 """Of which a step of AdamW is counted, everything in this dtype."""

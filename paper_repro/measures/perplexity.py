@@ -4,19 +4,55 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from paper_repro.harness.lab import Lab, digest_of
-from paper_repro.materials import assets, text, wikitext
+from paper_repro.materials import assets, own_model, text, wikitext
+from paper_repro.measures import in_data_type
+from paper_repro.measures.in_data_type import MODELS, DataType, HeldModel
 from qlora import files
 from qlora.data import Example
 from qlora.evaluation import evaluate
 from qlora.pretrained import load_tokenizer
+
+
+class Windows(NamedTuple):
+    """Text that a model is measured on: windows in a quick and in a full run, and tokens of each."""
+
+    quick: int
+    full: int
+    tokens: int
+
+
+WINDOWS = {"smollm2": Windows(16, 48, tokens=512), "own": Windows(72, 288, tokens=256)}
+
+
+def in_each(lab: Lab, name: str, data_types: Mapping[str, DataType]) -> dict[str, Any]:
+    """Perplexity of one of `in_data_type.MODELS`, its linear layers in each data type, on the same text.
+
+    Returns:
+        `articles`, `windows` and `window_tokens` of the text; `perplexity` of each data type: what `measure`
+        returns, and `weight_rmse`, the relative RMSE of the weights.
+    """
+    folder, windows = in_data_type.model_folders(lab)[name], WINDOWS[name]
+    number = lab.choose(windows.quick, windows.full)
+    articles = wikipedia_windows(lab, folder, number, windows.tokens)
+    held = HeldModel(folder, lab.device)
+
+    def measure_type(data_type: str) -> dict[str, Any]:
+        network, rmse = held.hold(data_types[data_type])
+        return {**measure(network, articles, f"{MODELS[name]}, {data_type}"), "weight_rmse": rmse}
+
+    settings = {"model": own_model.digest(folder), "tokens": digest(articles)}
+    what = f"perplexity-{name}"
+    found = in_data_type.measure_each(lab, what, settings, data_types, measure_type)
+    sizes = {"articles": len(articles), "windows": number, "window_tokens": windows.tokens}
+    return {**sizes, "perplexity": found}
 
 
 def measure(

@@ -12,7 +12,6 @@ def passing() -> dict[str, Any]:
     trained = {"losses": [3.0, 2.5, 2.4], "adapter_parameters": 4_884_480}
     return {
         "model": "a model",
-        "base_folder": "/cache/model",
         "task": "WordNet definitions",
         "seeds": [0],
         "lora": {"rank": 16},

@@ -20,6 +20,7 @@ def passing() -> dict[str, Any]:
         "again": nats["definitions"],
         "base_again": nats[BASE],
         "base_is_untouched": True,
+        "trained": True,
         "adapter_bytes": {"definitions": 640_000, "nouns": 640_000},
     }
     return {"model": "own model", "seeds": [0, 1, 2], "runs": [run] * 3}

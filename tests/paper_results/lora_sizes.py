@@ -46,11 +46,11 @@ BREAKING = [
     change("counts", "GPT-3, r 8", to=37_600_000),
     change("counts", "DeBERTa XXL", to=4_800_000),
     change("counts", "GPT-2 M", to=393_216),
-    change("checkpoint", "adapter", to=40_000_000),
+    change("checkpoint", "adapter", to=37_748_736),
     change("training", "GPT-2 M", "lora", "weights", to=140),
     change("files", "adapters", "q and v, r 4", "weights_bytes", to=2200),
     change("llama", "linear", to=6_738_415_616),
-    change("llama", "of rank 1", "k and q", to=524_288),
+    None,
     change("llama", "of full rank", "7b", to=159_907_840),
 ]
 

@@ -20,7 +20,7 @@ def passing() -> dict[str, Any]:
                 "64": tuned(17.3, 17.2, 17.4),
             },
             "q, v": {
-                "1": tuned(19.9, 19.8, 20.0),
+                "1": tuned(19.4, 19.3, 19.2),
                 "4": tuned(19.3, 19.2, 19.1),
                 "16": tuned(19.1, 19.0, 19.2),
             },
@@ -30,7 +30,7 @@ def passing() -> dict[str, Any]:
 
 BREAKING = [
     change("ranks", "all", "4", to=tuned(17.9, 17.8, 17.7)),
-    change("ranks", "q, v", "4", to=tuned(19.7, 19.6, 19.5)),
+    change("ranks", "q, v", "1", to=tuned(19.7, 19.6, 19.5)),
 ]
 
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from paper_repro import table2
+from paper_repro.measures import perplexity
 from tests.paper_results import change, measured
 
 
 def _model(values: dict[str, float]) -> dict[str, Any]:
     found = {name: measured(value, weight_rmse=0.09) for name, value in values.items()}
-    sizes = {"articles": 2, "windows": 16, "window_tokens": 512, "blocksize": 64}
+    sizes = {"articles": 2, "windows": 16, "window_tokens": 512}
     return {**sizes, "perplexity": found}
 
 
@@ -18,7 +18,7 @@ def passing() -> dict[str, Any]:
     four_bits = {"fp4": 26.8, "int4": 27.2, "e2m1": 25.5, "e3m0": 45.0}
     smollm2 = {"base": 18.2, "nf4": 23.4, "nf4+dq": 23.4, **four_bits}
     own = {name: 0.7 * value for name, value in smollm2.items()}
-    return {"models": {"smollm2": _model(smollm2), "own": _model(own)}}
+    return {"blocksize": 64, "models": {"smollm2": _model(smollm2), "own": _model(own)}}
 
 
 def _unclear(result: Any) -> None:
@@ -39,5 +39,5 @@ BREAKING = [
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in table2.WINDOWS:
-        monkeypatch.setitem(table2.WINDOWS, name, table2.Windows(4, 6, tokens=48))
+    for name in perplexity.WINDOWS:
+        monkeypatch.setitem(perplexity.WINDOWS, name, perplexity.Windows(4, 6, tokens=48))
