@@ -1,4 +1,4 @@
-# make repro   the papers' tables and figures, within 20 minutes on two cores, and a report with a verdict for each claim
+# make repro   the papers' tables and figures, in about 20 minutes on two cores, and a report with a verdict for each claim
 # make repro-full  the same with more seeds, tokens and steps: about an hour more
 # make test    the whole test suite
 # make lint    style and format

@@ -32,7 +32,7 @@ same command goes on from there."""
 
 EXAMPLES = f"""\
 examples:
-  python -m paper_repro                  everything, then the report: within 20 minutes on two cores
+  python -m paper_repro                  everything, then the report: in about 20 minutes on two cores
   python -m paper_repro --full           with more seeds, tokens and steps: about an hour and a half
   python -m paper_repro table2           one experiment, then the report
   python -m paper_repro --list           the experiments, their claims and criteria
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("experiments", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--quick", action="store_true", help="within 20 minutes (the default)")
+    amount.add_argument("--quick", action="store_true", help="about 20 minutes (the default)")
     amount.add_argument("--full", action="store_true", help="more seeds, tokens and steps")
     parser.add_argument(
         "--out",
