@@ -8,11 +8,15 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny here: threads would only wait
 
+from collections.abc import Iterator
+from unittest import mock
+
 import hypothesis
 import pytest
 import torch
 import triton
 
+from qlora.kernels.formats import FORMATS
 from tests import interpreter
 
 if triton.knobs.runtime.interpret:
@@ -30,3 +34,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: not run"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_formats() -> Iterator[None]:
+    """Data types that a test registers are unknown to the tests of other files."""
+    with mock.patch.dict(FORMATS):
+        yield

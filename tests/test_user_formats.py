@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -31,13 +31,6 @@ SYMMETRIC = [(2 * i - 15) / 15 for i in range(16)]
 """Sixteen equal steps, no zero."""
 
 STEP = 0.032  # of the grid that random values lie near, more than 4 / 127
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _forget() -> Iterator[None]:
-    """Other tests know the built-in formats alone."""
-    with mock.patch.dict(FORMATS):
-        yield
 
 
 @st.composite
