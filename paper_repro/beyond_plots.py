@@ -43,12 +43,9 @@ def front(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show_normal(result: Result, path: Path) -> Path:
-    with draw.figure(path, height=3.6) as axes:
-        figure = axes.figure
-        axes.remove()
-        panels = figure.subplots(1, 2)
+    with draw.panels(path, 2) as axes:
         for panel, (key, title) in zip(
-            panels, (("mse", "squared error"), ("mae", "absolute error")), strict=True
+            axes, (("mse", "squared error"), ("mae", "absolute error")), strict=True
         ):
             for code in OF_NORMAL:
                 found = [relative(result["normal"][str(s)], code, key) * 100 for s in COMPARED]
@@ -58,9 +55,9 @@ def show_normal(result: Result, path: Path) -> Path:
             panel.set_xscale("log", base=2)
             panel.set_xticks(COMPARED, [str(size) for size in COMPARED])
             panel.set(title=title, xlabel="block size")
-        panels[0].set_ylabel("above NF4's, %")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        axes[0].set_ylabel("above NF4's, %")
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return path
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from paper_repro.harness import panels, stats
+from paper_repro.harness.digests import digest_of
 from paper_repro.harness.experiment import Claim, Experiment, Result, table
-from paper_repro.harness.lab import Lab, digest_of
+from paper_repro.harness.lab import Lab
 from paper_repro.harness.stats import Interval
 from paper_repro.materials import assets
 from paper_repro.measures import in_data_type, sentences

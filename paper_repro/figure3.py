@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from paper_repro.harness.digests import digest_of
 from paper_repro.harness.experiment import Claim, Experiment, Result, table
-from paper_repro.harness.lab import Lab, digest_of
+from paper_repro.harness.lab import Lab
 from paper_repro.harness.panels import panels
 from paper_repro.harness.stats import Interval, bootstrap
-from paper_repro.materials import assets, own_model
+from paper_repro.materials import assets
+from paper_repro.materials.model import weights_digest
 from paper_repro.measures import in_data_type, zero_shot
 from paper_repro.measures.in_data_type import (
     BASE,
@@ -63,7 +65,7 @@ def _measure_part(
     tokenizer = load_tokenizer(held.folder)
     examples = [[zero_shot.example(tokenizer, q.prompt, c) for c in q.choices] for q in questions]
     tokens = [[choice.input_ids.tolist() for choice in choices] for choices in examples]
-    settings = {"model": own_model.digest(held.folder), "questions": digest_of(tokens)}
+    settings = {"model": weights_digest(held.folder), "questions": digest_of(tokens)}
 
     def measure(variant: str) -> dict[str, Any]:
         network, rmse = held.hold(DATA_TYPES[variant])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from paper_repro.harness import draw, stats
-from paper_repro.harness.experiment import Claim, Experiment, Result, seeds_in_words, table
+from paper_repro.harness.experiment import Claim, Experiment, Result, table
 from paper_repro.harness.lab import Lab
-from paper_repro.measures import lora_runs
+from paper_repro.measures import lora_runs, tuned
 from paper_repro.measures.lora_runs import NF4_DQ, Run
 
 ATTENTION, FEED_FORWARD = (
@@ -21,7 +20,6 @@ TARGETS: dict[str, str | tuple[str, ...]] = {
     "attention": ATTENTION,
     "q, v": ("q_proj", "v_proj"),
 }
-RATES = (5e-3, 1e-2, 2e-2)
 
 
 def run(lab: Lab) -> Result:
@@ -33,14 +31,12 @@ def run(lab: Lab) -> Result:
         "task": subject.task.name,
         "seeds": seeds,
         "rank": kinds["all"].rank,
-        "targets": {
-            name: lora_runs.tuned(lab, subject, kind, RATES, seeds) for name, kind in kinds.items()
-        },
+        "targets": {name: tuned.tuned(lab, subject, kind, seeds) for name, kind in kinds.items()},
     }
 
 
 def _perplexities(result: Result, name: str) -> list[float]:
-    return [run["held_out"]["perplexity"] for run in result["targets"][name]["runs"]]
+    return tuned.perplexities(result["targets"][name])
 
 
 def _above_all(result: Result, name: str) -> list[float]:
@@ -81,19 +77,15 @@ def section(result: Result) -> str:
             (
                 name,
                 f"{found['runs'][0]['adapter_parameters']:,}",
-                rate_in_words(found),
+                tuned.rate_in_words(found),
                 str(stats.spread(_perplexities(result, name))),
                 *show_against_all(result, name),
             )
         )
     header = ["adapters on", "parameters", "learning rate", "perplexity", "against all", "p"]
-    rates = ", ".join(f"{rate:g}" for rate in RATES)
     return (
-        f"The {result['model']}, {result['task']}, NF4 + DQ, rank {result['rank']}, seeds "
-        f"{seeds_in_words(result)}. The learning rate of each is the best of {rates} on further held-out "
-        "records, with the first seed. Mean and standard deviation over seeds; p of the paired t-test.\n\n"
-        + table(header, rows)
-        + f"\n\n{EDGE}"
+        f"The {result['model']}, {result['task']}, NF4 + DQ, rank {result['rank']}. "
+        f"{tuned.protocol_in_words(result)}; p of the paired t-test.\n\n" + table(header, rows)
     )
 
 
@@ -102,13 +94,6 @@ def show_against_all(result: Result, name: str) -> tuple[str, str]:
         return "-", "-"
     p = stats.paired_p(_perplexities(result, name), _perplexities(result, "all"))
     return f"{stats.spread(_above_all(result, name)).mean:+.1%}", stats.p_in_words(p)
-
-
-EDGE = "An asterisk marks a rate at the edge of those tried: one beyond it might do better."
-
-
-def rate_in_words(tuned: dict[str, Any]) -> str:
-    return f"{tuned['learning_rate']:g}{'*' * tuned['is_at_edge']}"
 
 
 def plots(result: Result, folder: Path) -> dict[str, Path]:

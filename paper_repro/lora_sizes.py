@@ -46,10 +46,6 @@ def _counts(result: Result, names: tuple[str, ...]) -> str:
     return ", ".join(f"{name} {result['counts'][name] / 1e6:.3f}M" for name in names)
 
 
-def _printed(names: tuple[str, ...]) -> str:
-    return ", ".join(f"{SHAPES[name].printed}M" for name in names)
-
-
 def _times_smaller(result: Result) -> float:
     return result["checkpoint"]["model"] / result["checkpoint"]["adapter"]
 
@@ -90,28 +86,22 @@ def _full_rank_mib(result: Result) -> list[float]:
 
 _BARS = [figure[1] for figure in FIGURE6.values()]
 
-CLAIMS = (
-    Claim(
-        statement="LoRA, Table 4: parameters on GPT-3's q and v",
-        paper=_printed(GPT3),
+
+def show_count(statement: str, names: tuple[str, ...]) -> Claim:
+    """What is claimed of the numbers of parameters that a table prints."""
+    return Claim(
+        statement=statement,
+        paper=", ".join(f"{SHAPES[name].printed}M" for name in names),
         criterion="the converted model's trainable parameters, to the printed digits",
-        passes=lambda r: all(_as_printed(r, name) for name in GPT3),
-        measured=lambda r: _counts(r, GPT3),
-    ),
-    Claim(
-        statement="LoRA, Table 2: RoBERTa base and large, DeBERTa XXL",
-        paper=_printed(ENCODERS),
-        criterion="the same",
-        passes=lambda r: all(_as_printed(r, name) for name in ENCODERS),
-        measured=lambda r: _counts(r, ENCODERS),
-    ),
-    Claim(
-        statement="LoRA, Table 3: GPT-2 medium and large, r = 4",
-        paper=_printed(GPT2),
-        criterion="the same",
-        passes=lambda r: all(_as_printed(r, name) for name in GPT2),
-        measured=lambda r: _counts(r, GPT2),
-    ),
+        passes=lambda r: all(_as_printed(r, name) for name in names),
+        measured=lambda r: _counts(r, names),
+    )
+
+
+CLAIMS = (
+    show_count("LoRA, Table 4: parameters on GPT-3's q and v", GPT3),
+    show_count("LoRA, Table 2: RoBERTa base and large, DeBERTa XXL", ENCODERS),
+    show_count("LoRA, Table 3: GPT-2 medium and large, r = 4", GPT2),
     Claim(
         statement="LoRA, section 4.2: GPT-3's checkpoint shrinks from 350 GB to 35 MB (r = 4, q and v)",
         paper=f"{CHECKPOINT_MB} MB, roughly 10,000 times smaller",

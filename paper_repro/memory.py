@@ -10,8 +10,9 @@ import torch
 
 from paper_repro import figure6
 from paper_repro.figure6 import FIGURE6, MIB
+from paper_repro.harness.digests import code_digest, library_digest
 from paper_repro.harness.experiment import Claim, Experiment, Result
-from paper_repro.harness.lab import Lab, code_digest, library_digest, provenance
+from paper_repro.harness.lab import Lab, provenance
 from paper_repro.measures import lora_inputs, one_step
 from qlora import files, shapes
 from qlora import memory as planner

@@ -7,10 +7,9 @@ from typing import Any
 
 from paper_repro import layers
 from paper_repro.harness import draw, published, stats
-from paper_repro.harness.experiment import Claim, Experiment, Result, seeds_in_words, table
+from paper_repro.harness.experiment import Claim, Experiment, Result, table
 from paper_repro.harness.lab import Lab
-from paper_repro.layers import RATES
-from paper_repro.measures import lora_runs
+from paper_repro.measures import lora_runs, tuned
 from paper_repro.measures.lora_runs import NF4_DQ, Run
 
 ALL_RANKS = (4, 8, 16, 32, 64)
@@ -31,19 +30,16 @@ def run(lab: Lab) -> Result:
     for name, of_target in ranks.items():
         kinds = {r: Run(NF4_DQ, 0.0, 0, rank=r, targets=layers.TARGETS[name]) for r in of_target}
         found[name] = {
-            str(rank): lora_runs.tuned(lab, subject, kind, RATES, seeds)
-            for rank, kind in kinds.items()
+            str(rank): tuned.tuned(lab, subject, kind, seeds) for rank, kind in kinds.items()
         }
     return {"model": subject.name, "task": subject.task.name, "seeds": seeds, "ranks": found}
 
 
-def _perplexities(tuned: dict[str, Any]) -> list[float]:
-    return [run["held_out"]["perplexity"] for run in tuned["runs"]]
-
-
 def _means(result: Result, name: str) -> dict[int, float]:
     """Perplexity by rank, the mean over seeds."""
-    return {int(r): stats.spread(_perplexities(t)).mean for r, t in result["ranks"][name].items()}
+    return {
+        int(r): stats.spread(tuned.perplexities(t)).mean for r, t in result["ranks"][name].items()
+    }
 
 
 def _spread(result: Result, name: str, least: int = 1) -> float:
@@ -93,21 +89,19 @@ def section(result: Result) -> str:
         (
             ON[name],
             rank,
-            f"{tuned['runs'][0]['adapter_parameters']:,}",
-            layers.rate_in_words(tuned),
-            str(stats.spread(_perplexities(tuned))),
+            f"{found['runs'][0]['adapter_parameters']:,}",
+            tuned.rate_in_words(found),
+            str(stats.spread(tuned.perplexities(found))),
         )
         for name, of_target in result["ranks"].items()
-        for rank, tuned in of_target.items()
+        for rank, found in of_target.items()
     ]
-    rates = ", ".join(f"{rate:g}" for rate in RATES)
     return (
-        f"The {result['model']}, {result['task']}, NF4 + DQ, alpha {lora_runs.ALPHA}, seeds "
-        f"{seeds_in_words(result)}. The learning rate of each is the best of {rates} on further held-out "
-        "records, with the first seed. Mean and standard deviation over seeds.\n\n"
+        f"The {result['model']}, {result['task']}, NF4 + DQ, alpha {lora_runs.ALPHA}. "
+        f"{tuned.protocol_in_words(result)}.\n\n"
         + table(["adapters on", "rank", "parameters", "learning rate", "perplexity"], rows)
         + f"\n\nFrom rank {PAPER_FROM} on, where the paper's search begins, adapters on all layers lie within "
-        f"{_spread(result, 'all', PAPER_FROM):.1%}. {layers.EDGE}"
+        f"{_spread(result, 'all', PAPER_FROM):.1%}."
     )
 
 
@@ -117,8 +111,8 @@ def plots(result: Result, folder: Path) -> dict[str, Path]:
         for (name, of_target), color in zip(
             result["ranks"].items(), (draw.ORANGE, draw.BLUE), strict=True
         ):
-            for rank, tuned in of_target.items():
-                values = _perplexities(tuned)
+            for rank, found in of_target.items():
+                values = tuned.perplexities(found)
                 axes.scatter([int(rank)] * len(values), values, color=color, s=18, alpha=0.7)
             means = _means(result, name)
             axes.plot(means.keys(), means.values(), color=color, linewidth=1.5)

@@ -233,10 +233,7 @@ def show_paper() -> str:
 
 def plots(result: Result, folder: Path) -> dict[str, Path]:
     path = folder / "tables34.svg"
-    with draw.figure(path, width=8.4, height=3.6) as axes:
-        drawn = axes.figure
-        axes.remove()
-        paper, *panels = drawn.subplots(1, 1 + len(result["models"]))
+    with draw.panels(path, 1 + len(result["models"]), width=8.4) as (paper, *panels):
         show_losses_of_paper(paper)
         for panel, (name, model) in zip(panels, result["models"].items(), strict=True):
             show_gaps(panel, name, model)

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from paper_repro.materials import assets
 from tests import tiny
 
 
@@ -60,3 +62,10 @@ def write_ctranslate2(path: Path, variables: Mapping[str, np.ndarray]) -> Path:
 
 def _text(words: str) -> bytes:
     return struct.pack("<H", len(words) + 1) + words.encode() + b"\0"
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put both in the places of those that are fetched."""
+    encoder, decoder = minilm(folder / "minilm"), whisper(folder / "whisper.bin")
+    monkeypatch.setattr(assets, "minilm_folder", lambda cache: encoder)
+    monkeypatch.setattr(assets, "whisper_file", lambda cache: decoder)

@@ -29,11 +29,8 @@ def build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data_noun.write_text("\n".join(lines))
     pages = {f"Title {i}": "\n".join([f"Article {i}. {PARAGRAPH}"] * 20) for i in range(80)}
     dump = write_dump(folder / "dump.bz2", pages)
-    minilm = paper_models.minilm(folder / "minilm")
-    whisper = paper_models.whisper(folder / "whisper.bin")
     monkeypatch.setattr(model, "model_folder", lambda cache: network)
-    monkeypatch.setattr(assets, "minilm_folder", lambda cache: minilm)
-    monkeypatch.setattr(assets, "whisper_file", lambda cache: whisper)
+    paper_models.stand_in(folder, monkeypatch)
     monkeypatch.setattr(assets, "wordnet_file", lambda cache: data_noun)
     monkeypatch.setattr(assets, "wikipedia_file", lambda cache: dump)
     held_out = tuple(noun for noun in NOUNS if text.is_held_out(noun, 20))

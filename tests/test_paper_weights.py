@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from paper_repro.harness.lab import Lab
-from paper_repro.materials import assets, model, own_model, weights
+from paper_repro.materials import model, own_model, weights
 from tests import paper_models, tiny
 
 
@@ -42,11 +42,8 @@ def test_bytes_that_do_not_fill_the_shape_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    minilm = paper_models.minilm(tmp_path / "minilm")
-    whisper = paper_models.whisper(tmp_path / "model.bin")
     llama = tiny.model_folder(tmp_path / "llama")
-    monkeypatch.setattr(assets, "minilm_folder", lambda cache: minilm)
-    monkeypatch.setattr(assets, "whisper_file", lambda cache: whisper)
+    paper_models.stand_in(tmp_path, monkeypatch)
     monkeypatch.setattr(model, "model_folder", lambda cache: llama)
     monkeypatch.setattr(own_model, "own_folder", lambda lab: llama)
     return Lab(tmp_path / "cache")

@@ -22,7 +22,16 @@ STYLE = {
 
 @contextmanager
 def figure(path: Path, width: float = 7.2, height: float = 3.6) -> Iterator[Any]:
-    """matplotlib's axes to draw on, in inches; saved to `path`, an .svg, when the block ends well.
+    """matplotlib's axes to draw on, as the one panel of `panels`."""
+    with panels(path, 1, width, height) as (axes,):
+        yield axes
+
+
+@contextmanager
+def panels(
+    path: Path, count: int, width: float = 7.2, height: float = 3.6, sharey: bool = False
+) -> Iterator[list[Any]]:
+    """Axes beside each other, in inches together; saved to `path`, an .svg, when the block ends well.
 
     The same drawing gives the same bytes: no date, names of elements from a fixed salt.
 
@@ -37,9 +46,11 @@ def figure(path: Path, width: float = 7.2, height: float = 3.6) -> Iterator[Any]
     from matplotlib import pyplot
 
     with pyplot.rc_context(STYLE):
-        drawn, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+        drawn, axes = pyplot.subplots(
+            1, count, figsize=(width, height), sharey=sharey, squeeze=False, layout="constrained"
+        )
         try:
-            yield axes
+            yield list(axes[0])
             with files.new_file(path) as temporary:
                 drawn.savefig(temporary, format="svg", metadata={"Date": None})
         finally:

@@ -25,11 +25,9 @@ def panels(
             "paper" is of the paper's values.
         line: where a vertical line is drawn: what the values are seen against.
     """
-    with draw.figure(path, height=1.1 + 0.32 * len(rows)) as axes:
-        drawn = axes.figure
-        axes.remove()
-        drawn.supxlabel(xlabel, fontsize=10)
-        axes = drawn.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    height = 1.1 + 0.32 * len(rows)
+    with draw.panels(path, len(found), height=height, sharey=True) as axes:
+        axes[0].figure.supxlabel(xlabel, fontsize=10)
         for panel, (title, values) in zip(axes, found.items(), strict=True):
             panel.axvline(line, color=draw.GREY, linewidth=0.8, linestyle="--")
             for row, label in enumerate(rows):

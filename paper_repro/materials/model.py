@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from paper_repro.materials import assets
@@ -27,6 +28,12 @@ def model_folder(cache: Path) -> Path:
         with files.new_folder(folder) as temporary:
             convert_gguf(source, temporary)
     return check_folder(folder)
+
+
+@cache
+def weights_digest(folder: Path) -> str:
+    """The SHA-256 of a folder's weights: what was measured with them depends on it."""
+    return files.sha256(folder / "model.safetensors")
 
 
 def convert_gguf(source: Path, folder: Path) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from paper_repro.harness.lab import Lab, code_digest, digest_of
+from paper_repro.harness.digests import code_digest, digest_of
+from paper_repro.harness.lab import Lab
 from paper_repro.materials import assets, text, wikitext
 from qlora import files
 from qlora.recipe import TrainConfig, learning_rate
@@ -64,12 +64,6 @@ def own_folder(lab: Lab) -> Path:
             tokenizer.save_pretrained(temporary)
         run.unlink(missing_ok=True)
     return folder
-
-
-@cache
-def digest(folder: Path) -> str:
-    """The SHA-256 of the weights: what was measured with them depends on it."""
-    return files.sha256(folder / "model.safetensors")
 
 
 def train_tokenizer(prose: list[str], vocabulary: int) -> Any:

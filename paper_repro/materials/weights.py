@@ -48,7 +48,7 @@ _SOURCES = {
     "own": _Source(
         lambda lab: _tensors(own_model.own_folder(lab)),
         "model.layers.",
-        lambda lab: own_model.digest(own_model.own_folder(lab)),
+        lambda lab: model.weights_digest(own_model.own_folder(lab)),
     ),
     "smollm2": _Source(
         lambda lab: _tensors(model.model_folder(lab.folder)),

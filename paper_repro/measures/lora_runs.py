@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from paper_repro.harness.lab import Lab, code_digest, digest_of
+from paper_repro.harness.digests import code_digest, digest_of
+from paper_repro.harness.lab import Lab
 from paper_repro.materials import assets, model, own_model, text
 from paper_repro.measures import perplexity
-from paper_repro.measures.in_data_type import NF4_DQ
+from paper_repro.measures.in_data_type import BASE, DATA_TYPES, NF4_DQ, DataType
 from qlora import QLoRAConfig, files
 from qlora.data import Example, load_dataset
 from qlora.peft_format import WEIGHTS
@@ -26,11 +27,9 @@ from qlora.pretrained import load_quantized, load_tokenizer
 from qlora.train import TrainConfig, train
 
 DENSE = "dense"
-BASES: dict[str, dict[str, Any]] = {
-    DENSE: {"format": None},
-    NF4_DQ: {"format": "nf4"},
-    "fp4": {"format": "fp4", "double_quant": False},
-    "int4": {"format": "int4", "double_quant": False},
+BASES: dict[str, DataType] = {
+    DENSE: DATA_TYPES[BASE],
+    **{name: DATA_TYPES[name] for name in (NF4_DQ, "fp4", "int4")},
 }
 LABELS = {DENSE: "not quantized", NF4_DQ: "NF4 + DQ", "fp4": "FP4", "int4": "Int4"}
 
@@ -63,9 +62,8 @@ class Run:
 
     @property
     def config(self) -> QLoRAConfig:
-        return QLoRAConfig(
-            rank=self.rank, alpha=ALPHA, target_modules=self.targets, **BASES[self.base]
-        )
+        base = asdict(BASES[self.base])
+        return QLoRAConfig(rank=self.rank, alpha=ALPHA, target_modules=self.targets, **base)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def smollm2(lab: Lab) -> Subject:
 def own(lab: Lab) -> Subject:
     """The model that was never quantized. It is small, so that dozens of runs take minutes."""
     folder = own_model.own_folder(lab)
-    return _subject(lab, own_model.NAME, folder, own_model.digest(folder), *OWN_SIZES)
+    return _subject(lab, own_model.NAME, folder, model.weights_digest(folder), *OWN_SIZES)
 
 
 def _subject(
@@ -144,7 +142,7 @@ def before(lab: Lab, subject: Subject, base: str) -> dict[str, Any]:
         network = load(lab, subject, Run(base, learning_rate=0.0, seed=0))
         return held_out(lab, subject, network, f"{subject.name}, {LABELS[base]}")
 
-    settings = {**subject.settings, "base": BASES[base], "batch": EVAL_BATCH}
+    settings = {**subject.settings, "base": BASES[base].settings, "batch": EVAL_BATCH}
     return lab.measure(_name("before", subject, base), settings, function, (perplexity,))
 
 
@@ -171,27 +169,6 @@ def after(lab: Lab, subject: Subject, run: Run) -> dict[str, Any]:
 
     what = _name("after", subject, run.base)
     return lab.measure(what, settings(subject, run), function, (perplexity,))
-
-
-def tuned(
-    lab: Lab, subject: Subject, run: Run, rates: Sequence[float], seeds: Sequence[int]
-) -> dict[str, Any]:
-    """A kind of run at the learning rate that suits it best, chosen with the first seed on the validation records.
-
-    Returns:
-        "rates", the validation loss of each; "learning_rate", the best; "is_at_edge", whether it is the lowest or
-        the highest of those tried; "runs", as of `after`, one for each seed.
-    """
-    tried = {rate: replace(run, learning_rate=rate, seed=seeds[0]) for rate in rates}
-    losses = {rate: after(lab, subject, each)["validation_nll"] for rate, each in tried.items()}
-    best = min(losses, key=losses.__getitem__)
-    runs = [after(lab, subject, replace(tried[best], seed=seed)) for seed in seeds]
-    return {
-        "rates": {f"{rate:g}": loss for rate, loss in losses.items()},
-        "learning_rate": best,
-        "is_at_edge": best in (min(rates), max(rates)),
-        "runs": runs,
-    }
 
 
 def in_words(run: Run) -> str:
@@ -265,8 +242,15 @@ def _examples(lab: Lab, subject: Subject, records: list[dict[str, str]]) -> list
     """By way of a JSON Lines file, as any user of the library would."""
     lines = "".join(json.dumps(record) + "\n" for record in records)
     path = lab.folder / "data" / f"{hashlib.sha256(lines.encode()).hexdigest()[:12]}.jsonl"
-    files.write_text(path, lines)
-    return load_dataset(path, load_tokenizer(subject.folder), RECIPE.max_length)
+    if not path.is_file():
+        files.write_text(path, lines)
+    return _load(path, subject.folder, RECIPE.max_length)
+
+
+@cache
+def _load(path: Path, model_folder: Path, max_length: int) -> list[Example]:
+    """Tokenized once for all runs that see it."""
+    return load_dataset(path, load_tokenizer(model_folder), max_length)
 
 
 def settings(subject: Subject, run: Run) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from paper_repro.harness.lab import Lab, digest_of
-from paper_repro.materials import assets, own_model, text, wikitext
+from paper_repro.harness.digests import digest_of
+from paper_repro.harness.lab import Lab
+from paper_repro.materials import assets, text, wikitext
+from paper_repro.materials.model import weights_digest
 from paper_repro.measures import in_data_type
 from paper_repro.measures.in_data_type import MODELS, DataType, HeldModel
 from qlora import files
@@ -48,7 +50,7 @@ def in_each(lab: Lab, name: str, data_types: Mapping[str, DataType]) -> dict[str
         network, rmse = held.hold(data_types[data_type])
         return {**measure(network, articles, f"{MODELS[name]}, {data_type}"), "weight_rmse": rmse}
 
-    settings = {"model": own_model.digest(folder), "tokens": digest(articles)}
+    settings = {"model": weights_digest(folder), "tokens": digest(articles)}
     what = f"perplexity-{name}"
     found = in_data_type.measure_each(lab, what, settings, data_types, measure_type)
     sizes = {"articles": len(articles), "windows": number, "window_tokens": windows.tokens}

@@ -8,7 +8,7 @@ from tests.paper_results import change, measured
 
 
 def tuned(*perplexities: float, parameters: int = 157_696) -> dict[str, Any]:
-    """What `lora_runs.tuned` returns."""
+    """What `tuned.tuned` returns."""
     runs = [{"held_out": measured(p), "adapter_parameters": parameters} for p in perplexities]
     chosen = {"learning_rate": 0.01, "is_at_edge": True}
     return {"rates": {"0.01": 2.9, "0.02": 2.95}, **chosen, "runs": runs}
@@ -36,6 +36,6 @@ BREAKING = [
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    from paper_repro import layers
+    from paper_repro.measures import tuned as measured_tuned
 
-    monkeypatch.setattr(layers, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(measured_tuned, "RATES", (1e-3, 1e-2))
