@@ -15,7 +15,7 @@ from torch import nn
 
 from qlora.adapter import Adapter, AdapterHost, check_name
 from qlora.config import MAX_RANK, QLoRAConfig
-from qlora.experts import stack_sizes
+from qlora.experts import ExpertLinear, stack_sizes
 from qlora.lora_layer import LoRALayer
 from qlora.model_parts import is_conv1d, plain_name, replace_module, weight_shape
 from qlora.modules import LoRALinear
@@ -25,6 +25,7 @@ from qlora.targets import (
     choose_layers,
     find_linears,
     is_expert,
+    output_layers,
     pattern_name,
     saved_names,
 )
@@ -248,7 +249,10 @@ def add_adapter(model: nn.Module, config: QLoRAConfig, name: str) -> None:
     saved = saved_names(model, config.modules_to_save)
     linears, heads, _ = find_linears(model, saved)
     layers = {n: host for n, host in hosts(model).items() if isinstance(host, LoRALayer)}
-    chosen = choose_layers(config.target_modules, layers, [*linears, *heads])
+    outputs = output_layers(model, layers)
+    every = [*(name for name in layers if name not in outputs), *linears]
+    chosen = choose_layers(config.target_modules, every, [*outputs, *heads])
+    _check_experts_converted({name: linears[name] for name in chosen if name in linears})
     stacks = stack_sizes(model)
     if config.dora:
         check_no_experts(layer for layer in chosen if is_expert(layer, stacks))
@@ -259,6 +263,15 @@ def add_adapter(model: nn.Module, config: QLoRAConfig, name: str) -> None:
     for module in saved:
         as_saved_module(model, module).add(name, dtype=config.adapter_torch_dtype)
     settle_new(model, name)
+
+
+def _check_experts_converted(layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        if isinstance(layer, ExpertLinear):
+            raise ValueError(
+                f"target_modules must not name {name}: its experts were left as they are;"
+                " let the target_modules of quantize_model name them too"
+            )
 
 
 def check_new_name(model: nn.Module, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ def find_linears(
         Those to quantize, those to adapt only where named (output embeddings, weights tied to one), and the names
         of the latter and of all others that are left alone.
     """
-    kept_weights = {id(weight) for weight in _embedding_weights(model)}
+    is_head = _heads_of(model)
     saved = [*saved, *(name for name, m in model.named_modules() if isinstance(m, SavedModule))]
     linears, heads, left_alone = {}, {}, []
     experts: dict[nn.Module, dict[str, nn.Module]] = {}
@@ -39,7 +39,7 @@ def find_linears(
         plain = type(module) is nn.Linear or is_conv1d(module)
         if _within(name, saved) or not plain:
             left_alone.append(name)
-        elif id(module.weight) in kept_weights:
+        elif is_head(module):
             left_alone.append(name)
             heads[name] = module
         else:
@@ -73,6 +73,12 @@ def _check_trained_whole(name: str, module: nn.Module) -> None:
     else:
         return
     raise ValueError(f"modules_to_save must name modules to train whole; {name} {reason}")
+
+
+def output_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+    """The names of those of the layers, which hold adapters, that get one only where they are named."""
+    is_head = _heads_of(model)
+    return [name for name, layer in layers.items() if is_head(layer)]
 
 
 def choose_layers(
@@ -170,11 +176,18 @@ def _within(name: str, wholes: Sequence[str]) -> bool:
     return any(f"{name}.".startswith(f"{whole}.") for whole in wholes)
 
 
-def _embedding_weights(model: nn.Module) -> Iterator[Tensor]:
-    """The weights of input embeddings, and of the output embeddings of every transformers model inside."""
+def _heads_of(model: nn.Module) -> Callable[[nn.Module], bool]:
+    """Whether a linear layer, with adapters or without, gives the output embeddings or shares an embedding's weight."""
+    parts = set(_embedding_parts(model))
+    weights = {id(part.weight) for part in parts if isinstance(part.weight, Tensor)}
+    return lambda layer: layer in parts or id(layer.weight) in weights
+
+
+def _embedding_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The input embeddings, and the output embeddings of every transformers model inside."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            yield module.weight
+            yield module
         head = getattr(module, "get_output_embeddings", lambda: None)()
         if isinstance(head, nn.Module):  # a ModuleList where a model has several heads
-            yield from (part.weight for part in head.modules() if hasattr(part, "weight"))
+            yield from (part for part in head.modules() if hasattr(part, "weight"))

@@ -52,6 +52,28 @@ def base_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value for key, value in model.state_dict().items() if ".adapters." not in key}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("format", ["nf4", None])
+def test_all_linear_means_the_same_layers_whatever_was_adapted_before(
+    format: str | None, tied: bool
+) -> None:
+    """Also those that a dense base has as plain layers yet; not the output embeddings, which were named before."""
+    model = tiny.llama(tie_word_embeddings=tied)
+    whole = QLoRAConfig(format=format, target_modules="all-linear")
+    some = QLoRAConfig(format=format, target_modules=["q_proj", "lm_head"])
+    fresh = tiny.llama(tie_word_embeddings=tied)
+    qlora.quantize_model(fresh, whole)
+    qlora.quantize_model(model, some)
+    qlora.add_adapter(model, whole, "b")
+    assert _layers_with(model, "b") == _layers_with(fresh, "default")
+    qlora.add_adapter(model, some, "c")
+    assert _layers_with(model, "c") == _layers_with(model, "default")
+
+
+def _layers_with(model: nn.Module, adapter: str) -> set[str]:
+    return {name for name, host in hosts(model).items() if adapter in host.adapters}
+
+
 # --- Switching --------------------------------------------------------------------------------------
 
 

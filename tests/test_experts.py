@@ -330,6 +330,16 @@ def test_target_modules(target_modules: Any, ends: list[str], format: str | None
     )
 
 
+def test_experts_that_were_left_as_they_are_get_no_adapter_later() -> None:
+    model = mixtral()
+    config = QLoRAConfig(rank=2, format=None, target_modules=["q_proj"])
+    qlora.quantize_model(model, config)
+    with pytest.raises(ValueError, match="target_modules of quantize_model name them too"):
+        qlora.add_adapter(model, QLoRAConfig(rank=2), "b")
+    assert qlora.adapter_names(model) == ("default",)
+    qlora.add_adapter(model, config, "b")
+
+
 def test_patterns_are_for_all_experts_of_a_list() -> None:
     model = mixtral()
     patterns = {"rank_pattern": {"experts.gate_up_proj": 3}, "alpha_pattern": {"down_proj": 5.0}}
