@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from qlora.generate import generate
 from qlora.peft_format import CONFIG, WEIGHTS
 from qlora.pretrained import load_tokenizer, place, save_dense
 
-SEED, SAMPLE_TOKENS = 0, 24
+SEED, MERGE_SEEDS, SAMPLE_TOKENS = 0, [0, 1, 2], 24
 MERGED_DTYPE = torch.bfloat16
 MERGED, ONTO, AGAIN, AGAIN_ONTO = (
     "merged",
@@ -34,40 +36,59 @@ MERGED, ONTO, AGAIN, AGAIN_ONTO = (
 )
 
 
+@dataclass(frozen=True)
+class Trained:
+    """An adapter that a run has trained, and all that it takes to load it."""
+
+    lab: Lab
+    subject: Subject
+    run: Run
+
+    @cached_property
+    def adapter(self) -> Path:
+        return lora_runs.adapter_folder(self.lab, self.subject, self.run)
+
+    def load(self) -> torch.nn.Module:
+        return lora_runs.load(self.lab, self.subject, self.run, self.adapter)
+
+    def held_out(self, network: torch.nn.Module, what: str) -> dict[str, Any]:
+        return lora_runs.held_out(self.lab, self.subject, network, what)
+
+    def study(self, name: str, function: Callable[[Trained], dict[str, Any]]) -> dict[str, Any]:
+        """The value of `function`, remembered by all that the adapter hangs on."""
+        settings = lora_runs.settings(self.subject, self.run)
+        settings |= {"samples": SAMPLE_TOKENS, "prompts": self.subject.task.prompts}
+        what = f"finetune-{name}".replace(" ", "-")
+        return self.lab.measure(what, settings, lambda: function(self), (lora_runs, perplexity))
+
+
 def run(lab: Lab) -> Result:
     subject = lora_runs.smollm2(lab)
     runs = {base: Run(base, tables34.RATES["smollm2"], SEED) for base in (DENSE, NF4_DQ)}
     measured = {base: lora_runs.after(lab, subject, kind) for base, kind in runs.items()}
-    adapter = lora_runs.adapter_folder(lab, subject, runs[NF4_DQ])
-    _copy_adapter(adapter, lab.out / "adapter")
-    settings = lora_runs.settings(subject, runs[NF4_DQ])
-    settings |= {"samples": SAMPLE_TOKENS, "prompts": subject.task.prompts}
-    studies = {
-        "samples": lambda: _samples(lab, subject, runs[NF4_DQ], adapter),
-        MERGED: lambda: _merge(lab, subject, runs[NF4_DQ], adapter),
-    }
-    further = {
-        ONTO: lambda: _merge_onto_original(lab, subject, runs[NF4_DQ], adapter),
-        AGAIN: lambda: _requantize(lab, subject, runs[NF4_DQ], adapter, None),
-        AGAIN_ONTO: lambda: _requantize(lab, subject, runs[NF4_DQ], adapter, subject.folder),
-    }
-    found = {
-        name: lab.measure(
-            f"finetune-{name.replace(' ', '-')}", settings, study, (lora_runs, perplexity)
-        )
-        for name, study in lab.choose(studies, studies | further).items()
-    }
+    shown = Trained(lab, subject, runs[NF4_DQ])
+    _copy_adapter(shown.adapter, lab.out / "adapter")
+    studies = lab.choose(STUDIES, STUDIES | FURTHER)
     return {
         "model": subject.name,
         "task": subject.task.name,
-        "seeds": [SEED],
-        "lora": asdict(runs[NF4_DQ].config),
-        "recipe": asdict(subject.recipe) | {"learning_rate": runs[NF4_DQ].learning_rate},
+        "seeds": MERGE_SEEDS,
+        "lora": asdict(shown.run.config),
+        "recipe": asdict(subject.recipe) | {"learning_rate": shown.run.learning_rate},
         "prompts": subject.task.prompts,
         "answers": subject.task.answers,
         "after": measured,
-        **found,
+        "own": [_merged_own(lab, seed) for seed in MERGE_SEEDS],
+        **{name: shown.study(name, function) for name, function in studies.items()},
     }
+
+
+def _merged_own(lab: Lab, seed: int) -> dict[str, Any]:
+    """One of the own model's adapters of Tables 3 and 4, and the same merged."""
+    run = Run(NF4_DQ, tables34.RATES["own"], seed)
+    trained = Trained(lab, lora_runs.own(lab), run)
+    after = lora_runs.after(lab, trained.subject, run)
+    return {"after": after["held_out"], MERGED: trained.study(f"{MERGED} own", _merge)}
 
 
 def _copy_adapter(source: Path, target: Path) -> None:
@@ -77,12 +98,13 @@ def _copy_adapter(source: Path, target: Path) -> None:
             shutil.copy(source / name, folder)
 
 
-def _samples(lab: Lab, subject: Subject, kind: Run, adapter: Path) -> dict[str, Any]:
+def _samples(trained: Trained) -> dict[str, Any]:
     """Greedy continuations of held-out prompts before and after, and the sizes of adapter and base."""
+    lab, subject, run = trained.lab, trained.subject, trained.run
     tokenizer = load_tokenizer(subject.folder)
     said = {}
-    for when, folder in (("before", None), ("after", adapter)):
-        network = lora_runs.load(lab, subject, kind, folder)
+    for when, folder in (("before", None), ("after", trained.adapter)):
+        network = lora_runs.load(lab, subject, run, folder)
         bar = tqdm(subject.task.prompts, desc=f"samples {when} fine-tuning", unit="prompt")
         said[when] = [
             generate(network, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS).strip()
@@ -90,7 +112,7 @@ def _samples(lab: Lab, subject: Subject, kind: Run, adapter: Path) -> dict[str, 
         ]
     return {
         **said,
-        "adapter_bytes": (adapter / WEIGHTS).stat().st_size,
+        "adapter_bytes": (trained.adapter / WEIGHTS).stat().st_size,
         "base_parameters": _base_parameters(network),
     }
 
@@ -101,38 +123,44 @@ def _base_parameters(network: torch.nn.Module) -> int:
     return frozen + sum(quantized)
 
 
-def _merge(lab: Lab, subject: Subject, kind: Run, adapter: Path) -> dict[str, Any]:
+def _merge(trained: Trained) -> dict[str, Any]:
     """Merge into 16 bits, write a model folder, read it with plain transformers and measure that."""
     from transformers import AutoModelForCausalLM
 
     print("Merging into a 16-bit model ...", flush=True)
-    network = merge(lora_runs.load(lab, subject, kind, adapter), MERGED_DTYPE)
+    network = merge(trained.load(), MERGED_DTYPE)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "merged")
-        save_dense(place(network, "cpu", MERGED_DTYPE), subject.folder, folder)
+        save_dense(place(network, "cpu", MERGED_DTYPE), trained.subject.folder, folder)
         plain = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True
         )
-    return lora_runs.held_out(lab, subject, plain.to(lab.device), MERGED)
+    return trained.held_out(plain.to(trained.lab.device), MERGED)
 
 
-def _merge_onto_original(lab: Lab, subject: Subject, kind: Run, adapter: Path) -> dict[str, Any]:
+def _merge_onto_original(trained: Trained) -> dict[str, Any]:
     """Merge into 16 bits, over the weights that 4 bits were made of."""
-    network = lora_runs.load(lab, subject, kind, adapter)
-    network = merge(network, MERGED_DTYPE, onto=subject.folder)
-    network = place(network, str(lab.device), MERGED_DTYPE).float()
-    return lora_runs.held_out(lab, subject, network, ONTO)
+    network = trained.load()
+    network = merge(network, MERGED_DTYPE, onto=trained.subject.folder)
+    network = place(network, str(trained.lab.device), MERGED_DTYPE).float()
+    return trained.held_out(network, ONTO)
 
 
-def _requantize(
-    lab: Lab, subject: Subject, kind: Run, adapter: Path, onto: Path | None
-) -> dict[str, Any]:
+def _requantize(trained: Trained, onto: Path | None = None) -> dict[str, Any]:
     """Quantize the sum again, in 4 bits as the base is."""
-    network = lora_runs.load(lab, subject, kind, adapter)
+    network = trained.load()
     done = requantize(network, onto=onto)
     parts = ("error", "adapter", "kept")
     means = {part: sum(getattr(layer, part) for layer in done) / len(done) for part in parts}
-    return {**lora_runs.held_out(lab, subject, network, AGAIN), **means}
+    return {**trained.held_out(network, AGAIN), **means}
+
+
+def _requantize_onto_original(trained: Trained) -> dict[str, Any]:
+    return _requantize(trained, trained.subject.folder)
+
+
+STUDIES = {"samples": _samples, MERGED: _merge}
+FURTHER = {ONTO: _merge_onto_original, AGAIN: _requantize, AGAIN_ONTO: _requantize_onto_original}
 
 
 MERGED_MOST = 0.01
@@ -148,14 +176,20 @@ def _merge_change(result: Result) -> float:
     return _perplexity(result, MERGED) / _perplexity(result, "after") - 1
 
 
+def _merge_changes(result: Result) -> list[float]:
+    """Of the adapter to look at, then of the own model's, seed by seed."""
+    own = (each[MERGED]["perplexity"] / each["after"]["perplexity"] - 1 for each in result["own"])
+    return [_merge_change(result), *own]
+
+
 CLAIMS = (
     Claim(
         statement="The adapter can be merged into a 16-bit model (LoRA, section 4.1)",
         paper="exact up to rounding",
         criterion=f"plain transformers loads the merged model; its perplexity is within {MERGED_MOST:.0%} of "
-        "the unmerged one's",
-        passes=lambda r: abs(_merge_change(r)) <= MERGED_MOST,
-        measured=lambda r: f"{_merge_change(r):+.2%}",
+        "the unmerged one's, for SmolLM2 and for the own model with each seed",
+        passes=lambda r: max(map(abs, _merge_changes(r))) <= MERGED_MOST,
+        measured=lambda r: " / ".join(f"{change:+.2%}" for change in _merge_changes(r)),
     ),
 )
 
@@ -171,7 +205,7 @@ here is merging; what fine-tuning gains is judged there, with several seeds.
 - The adapter: {parameters:,} parameters, {share:.1%} of the base; {samples["adapter_bytes"]:,} bytes in the folder \
 `adapter` beside this report.
 - Merged into bf16 and read by plain transformers: perplexity {_perplexity(result, MERGED):.2f}, unmerged \
-{_perplexity(result, "after"):.2f} ({_merge_change(result):+.2%}).
+{_perplexity(result, "after"):.2f} ({_merge_change(result):+.2%}). {show_own(result)}
 {show_further(result)}
 Greedy continuations; none of these prompts was trained on:
 
@@ -183,6 +217,13 @@ Try it yourself; the model's folder is `models/smollm2-135m-instruct` in the cac
 qlora generate MODEL_FOLDER --adapter ADAPTER_FOLDER \\
     --prompt {shlex.quote(result["prompts"][0])}
 ```"""
+
+
+def show_own(result: Result) -> str:
+    """The own model, seed by seed."""
+    changes = " / ".join(f"{change:+.2%}" for change in _merge_changes(result)[1:])
+    seeds = ", ".join(map(str, result["seeds"]))
+    return f"The own model's adapters of Tables 3 and 4, seeds {seeds}: {changes}."
 
 
 def show_further(result: Result) -> str:

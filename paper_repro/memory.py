@@ -24,6 +24,9 @@ LIMITS = {"65b": 48 * 10**9, "33b": 24 * GIB}
 TOLERANCE = 0.05
 """How far a measured peak may be from the planned one."""
 
+FORMULA_TOLERANCE = 0.001
+"""How far the bytes of a model on a GPU may be from the formula's."""
+
 
 def run(lab: Lab) -> Result:
     settings = {"figure": FIGURE6}
@@ -130,6 +133,19 @@ def _deviations(result: Result) -> list[float]:
     return [step["peak_bytes"] / step["planned_bytes"] - 1 for step in steps]
 
 
+def _model_deviations(result: Result) -> list[float]:
+    """Of the tensors of each model on a GPU, before it is trained, from the bytes that its shapes give."""
+    planned = {
+        size: sum(plan[part] for part in ("weights", "scales", "dense", "adapters"))
+        for size, plan in result["models"].items()
+    }
+    return [
+        step["requested_bytes"] / planned[size] - 1
+        for size, run in _gpu_runs(result).items()
+        for step in run["steps"]
+    ]
+
+
 def _ratio(result: Result) -> float:
     return result["inputs"]["without"] / result["inputs"]["with"]
 
@@ -149,6 +165,18 @@ CLAIMS = (
         criterion="torch's peak and the paged states together below 48e9 bytes and below 24 GiB",
         passes=lambda r: _within(_gpu_limits(r)),
         measured=_gpu_limits_in_words,
+    ),
+    Claim(
+        statement="The model takes what the formula says (section 3), measured: its weights in 4 bits, scales, "
+        "embeddings and adapters on a GPU",
+        paper="4.127 bits a parameter of the linear layers",
+        criterion=f"what torch was asked for within {FORMULA_TOLERANCE:.1%} of the formula's bytes",
+        passes=lambda r: (
+            all(abs(d) <= FORMULA_TOLERANCE for d in _model_deviations(r))
+            if _model_deviations(r)
+            else None
+        ),
+        measured=lambda r: ", ".join(f"{d:+.3%}" for d in _model_deviations(r)) or "needs a GPU",
     ),
     Claim(
         statement="The planner says what a step takes, which is not of the paper",

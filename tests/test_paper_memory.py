@@ -138,7 +138,7 @@ def test_what_needs_a_gpu_is_not_run_without_one() -> None:
     result = results.passing()
     for run in result["runs"].values():
         run["on_gpu"] = False
-    without = [IN_TREND, NOT_RUN, NOT_RUN, REPRODUCED, IN_TREND]
+    without = [IN_TREND, NOT_RUN, NOT_RUN, NOT_RUN, REPRODUCED, IN_TREND]
     assert [claim.verdict(result) for claim in memory.CLAIMS] == without
     assert figure6.section(result).count("extrapolated") == 4
     result["runs"] = {}

@@ -40,7 +40,7 @@ class Size:
     batch: int = 8
 
 
-CPU = Size(128, 4, 352, vocabulary=512, learning_rate=6e-3, steps=2000)
+CPU = Size(128, 4, 352, vocabulary=512, learning_rate=6e-3, steps=1600)
 GPU = Size(384, 8, 1024, vocabulary=1024, learning_rate=2e-3, steps=6000, batch=32)
 
 

@@ -13,7 +13,7 @@ def passing() -> dict[str, Any]:
     return {
         "model": "a model",
         "task": "WordNet definitions",
-        "seeds": [0],
+        "seeds": [0, 1, 2],
         "lora": {"rank": 16},
         "recipe": {"steps": 100, "micro_batch_size": 16, "learning_rate": 1e-3},
         "prompts": ["Define the noun: stork\nDefinition:"],
@@ -28,6 +28,7 @@ def passing() -> dict[str, Any]:
             "adapter_bytes": 19_600_000,
             "base_parameters": 134_515_008,
         },
+        "own": [{"after": measured(p), finetune.MERGED: measured(p + 0.02)} for p in (17.3, 17.5)],
         finetune.MERGED: measured(17.01),
         finetune.ONTO: measured(16.2),
         finetune.AGAIN: measured(70.0, error=0.006, adapter=0.005, kept=0.01),
@@ -35,7 +36,7 @@ def passing() -> dict[str, Any]:
     }
 
 
-BREAKING = [change(finetune.MERGED, "perplexity", to=17.5)]
+BREAKING = [change("own", 1, finetune.MERGED, "perplexity", to=17.8)]
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
