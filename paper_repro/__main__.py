@@ -119,7 +119,7 @@ def _describe(experiment: Experiment) -> str:
     for claim in experiment.claims:
         counts = "in trend when" if claim.trend else "reproduced when"
         lines += [f"  - {claim.statement}", f"    paper: {claim.paper}"]
-        lines += [f"    {counts}: {claim.criterion}"]
+        lines += [f"    {counts}: {claim.criterion} ({claim.kind})"]
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from paper_repro.figure6 import FIGURE6, MIB
 from paper_repro.harness import draw
-from paper_repro.harness.experiment import Claim, Experiment, Result, table
+from paper_repro.harness.experiment import ARITHMETIC, Claim, Experiment, Result, table
 from paper_repro.harness.lab import Lab
 from paper_repro.materials import assets, model
 from paper_repro.measures.in_data_type import NF4, NF4_DQ
@@ -106,6 +106,7 @@ CLAIMS = (
         criterion="the same to three digits, read from a quantized 4096 x 4096 matrix",
         passes=lambda r: all(abs(r["bits"][name] - PAPER_BITS[name]) < 5e-4 for name in PAPER_BITS),
         measured=lambda r: f"{r['bits'][NF4_DQ]:.3f} (without: {r['bits'][NF4]:.3f})",
+        kind=ARITHMETIC,
     ),
     Claim(
         statement="The 4-bit base takes what the arithmetic says, LLaMA-7B to 65B and SmolLM2",
@@ -113,6 +114,7 @@ CLAIMS = (
         criterion="sum of `nbytes` over the quantized model equals the formula to the byte",
         passes=_all_exact,
         measured=lambda r: f"7B {r['models']['LLaMA-7B']['base_bytes']:,} bytes",
+        kind=ARITHMETIC,
     ),
     Claim(
         statement="Figure 6: memory of the 4-bit base, 7B to 65B",
@@ -126,6 +128,7 @@ CLAIMS = (
             " / ".join(f"{sizes['base_bytes'] / MIB:,.0f}" for sizes, _ in _llamas(r)) + " MiB"
         ),
         trend=True,
+        kind=ARITHMETIC,
     ),
     Claim(
         statement="LoRA r = 64 on all linear layers: number of parameters, 7B to 65B",
@@ -133,6 +136,7 @@ CLAIMS = (
         criterion="the converted model's trainable parameters equal r (in + out) per layer",
         passes=_lora_exact,
         measured=lambda r: f"7B {r['models']['LLaMA-7B']['lora_parameters']:,}",
+        kind=ARITHMETIC,
     ),
 )
 

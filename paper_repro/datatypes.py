@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from paper_repro import datatypes_plots
-from paper_repro.harness.experiment import Claim, Experiment, Result, table
+from paper_repro.harness.experiment import ARITHMETIC, Claim, Experiment, Result, table
 from paper_repro.harness.lab import Lab
 from paper_repro.materials import weights
 from paper_repro.measures import in_data_type
@@ -136,6 +136,7 @@ CLAIMS = (
         criterion="largest deviation from the values derived from normal quantiles at most 1e-6",
         passes=lambda r: r["nf4_deviation"] <= 1e-6,
         measured=lambda r: f"{r['nf4_deviation']:.1e}",
+        kind=ARITHMETIC,
     ),
     Claim(
         statement="NF4 has the least error on normally distributed weights (section 3)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from paper_repro.harness.experiment import Claim, Experiment, Result, table
+from paper_repro.harness.experiment import ARITHMETIC, FURTHER, Claim, Experiment, Result, table
 from paper_repro.harness.lab import Lab
 from paper_repro.measures import small_llama
 from qlora import QLoRAConfig, shapes
@@ -163,6 +163,7 @@ CLAIMS = (
             )
             + f"; dropout {r['defaults']['dropout']:g} for .1 or .05: --dropout"
         ),
+        kind=ARITHMETIC,
     ),
     Claim(
         statement="The recipe shows a model 1875 batches of 16 examples",
@@ -172,6 +173,7 @@ CLAIMS = (
         measured=lambda r: (
             f"{_examples(r):,} examples, at most {_examples(r) * r['defaults']['max_length'] / 1e6:.2f}M tokens"
         ),
+        kind=ARITHMETIC,
     ),
     Claim(
         statement="Guanaco 33B trains on a card of 24 GB, 65B on one of 48 GB: the whole recipe, one example at a time",
@@ -184,6 +186,7 @@ CLAIMS = (
             for size, card in FITS.items()
         ),
         trend=True,
+        kind=ARITHMETIC,
     ),
     Claim(
         statement="The recipe runs from the base to the saved adapter (a small random LLaMA, random tokens)",
@@ -196,6 +199,7 @@ CLAIMS = (
             f"{r['tiny']['learned']:.1e} from the base"
         ),
         trend=True,
+        kind=FURTHER,
     ),
 )
 

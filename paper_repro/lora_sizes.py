@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from paper_repro import lora_sizes_shown
 from paper_repro.figure6 import FIGURE6, MIB
-from paper_repro.harness.experiment import Claim, Experiment, Result
+from paper_repro.harness.experiment import ARITHMETIC, Claim, Experiment, Result
 from paper_repro.harness.lab import Lab
 from paper_repro.materials import assets, model
 from paper_repro.measures import lora_shapes
@@ -95,6 +95,7 @@ def show_count(statement: str, names: tuple[str, ...]) -> Claim:
         criterion="the converted model's trainable parameters, to the printed digits",
         passes=lambda r: all(_as_printed(r, name) for name in names),
         measured=lambda r: _counts(r, names),
+        kind=ARITHMETIC,
     )
 
 
@@ -111,6 +112,7 @@ CLAIMS = (
             f"{r['checkpoint']['model'] / 1e9:.1f} GB to {r['checkpoint']['adapter'] / 1e6:.1f} MB: "
             f"{_times_smaller(r):,.0f} times"
         ),
+        kind=ARITHMETIC,
     ),
     Claim(
         statement="LoRA, sections 1 and 4.2: about 3 times less memory, no optimizer states of frozen weights",
@@ -118,6 +120,7 @@ CLAIMS = (
         criterion=f"weights, gradients and AdamW's states: at least {LEAST_RATIO} times fewer bytes",
         passes=lambda r: min(_ratios(r).values()) >= LEAST_RATIO,
         measured=lambda r: ", ".join(f"{n}: {ratio:.2f} times" for n, ratio in _ratios(r).items()),
+        kind=ARITHMETIC,
     ),
     Claim(
         statement="LoRA: an adapter is small as a file, and easy to hand on (SmolLM2, 16 bits)",
@@ -135,6 +138,7 @@ CLAIMS = (
         criterion="0.2 % of the linear weights, 2 bytes each, rounds to 26 MB",
         passes=lambda r: round(_share_in_mb(r)) == PRINTED_MB,
         measured=lambda r: f"{_share_in_mb(r):.2f} MB",
+        kind=ARITHMETIC,
     ),
     Claim(
         statement="QLoRA, section 3: which of the settings that it searched takes 26 MB (its layers, r 8 to 256)",
@@ -142,6 +146,7 @@ CLAIMS = (
         criterion="none: the paper does not say which it means",
         passes=None,
         measured=lambda r: "nearest: {} with {:.1f} MB".format(*_nearest(r)),
+        kind=ARITHMETIC,
     ),
     Claim(
         statement=f"QLoRA, Figure 6: adapters of LLaMA-7B to 65B (r = {FULL_RANK} on all linear layers)",
@@ -151,6 +156,7 @@ CLAIMS = (
             abs(ours / bar - 1) <= 0.01 for ours, bar in zip(_full_rank_mib(r), _BARS, strict=True)
         ),
         measured=lambda r: " / ".join(f"{ours:g}" for ours in _full_rank_mib(r)) + " MiB",
+        kind=ARITHMETIC,
     ),
 )
 

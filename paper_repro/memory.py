@@ -11,7 +11,7 @@ import torch
 from paper_repro import figure6
 from paper_repro.figure6 import FIGURE6, MIB
 from paper_repro.harness.digests import code_digest, library_digest
-from paper_repro.harness.experiment import Claim, Experiment, Result
+from paper_repro.harness.experiment import ARITHMETIC, FURTHER, Claim, Experiment, Result
 from paper_repro.harness.lab import Lab, provenance
 from paper_repro.measures import lora_inputs, one_step
 from qlora import files, shapes
@@ -158,6 +158,7 @@ CLAIMS = (
         passes=lambda r: _within(_planned_limits(r)),
         measured=lambda r: _gigabytes(_planned_limits(r)),
         trend=True,
+        kind=ARITHMETIC,
     ),
     Claim(
         statement="65B and 33B on such cards, measured: a full step on a GPU",
@@ -186,6 +187,7 @@ CLAIMS = (
             all(abs(d) <= TOLERANCE for d in _deviations(r)) if _deviations(r) else None
         ),
         measured=lambda r: ", ".join(f"{d:+.1%}" for d in _deviations(r)) or "needs a GPU",
+        kind=FURTHER,
     ),
     Claim(
         statement="Training all of 65B in 16 bits takes more than 780 GB (abstract)",
@@ -193,6 +195,7 @@ CLAIMS = (
         criterion="12 bytes for each parameter of the model's shapes: 783.4 GB",
         passes=lambda r: round(12 * r["models"]["65b"]["parameters"] / 1e8) == 7834,
         measured=lambda r: f"{12 * r['models']['65b']['parameters'] / 1e9:.1f} GB",
+        kind=ARITHMETIC,
     ),
     Claim(
         statement="Gradient checkpointing shrinks what LoRA's gradients need of the inputs (section 3; 7B, batch 1)",
@@ -203,6 +206,7 @@ CLAIMS = (
             f"{r['inputs']['without'] / MIB:.0f} MiB to {r['inputs']['with'] / MIB:.2f} MiB: {_ratio(r):.1f}"
         ),
         trend=True,
+        kind=ARITHMETIC,
     ),
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from paper_repro.harness.experiment import Claim, Experiment, Result, table
+from paper_repro.harness.experiment import ARITHMETIC, Claim, Experiment, Result, table
 from paper_repro.harness.lab import Lab
 from paper_repro.harness.room import where_it_fits
 from paper_repro.harness.stats import Interval, bootstrap_median
@@ -146,6 +146,7 @@ CLAIMS = (
             f"{r['large']['total'] / GIB:.2f} GiB, of which {r['large']['optimizer'] / GIB:.2f} can be paged out: "
             f"{(_spare(r) + r['large']['optimizer']) / GIB:+.2f} GiB to spare, with {RESERVE / GIB:g} for CUDA"
         ),
+        kind=ARITHMETIC,
     ),
 )
 

@@ -13,13 +13,17 @@ from paper_repro.measures import lora_runs, tuned
 from paper_repro.measures.lora_runs import NF4_DQ, Run
 
 ALL_RANKS = (4, 8, 16, 32, 64)
-# LoRA's Table 6: WikiSQL accuracy of GPT-3 with adapters on query and value; Table 18: BLEU of GPT-2 M, E2E.
-_RANKS = [int(name.removeprefix("r ")) for name in published.rows(published.LORA_TABLE6)[0][1:]]
-TABLE6 = dict(
-    zip(_RANKS, published.by_name(published.LORA_TABLE6)["WikiSQL, q and v"], strict=True)
-)
-TABLE18 = {1: 68.72, 2: 69.17, 4: 70.38, 8: 69.57, 16: 69.61, 64: 69.24}
 ON = {"all": "all layers", "q, v": "query and value"}
+
+
+def _published(text: str, row: str) -> dict[int, float]:
+    """A row of one of LoRA's tables, by rank."""
+    ranks = (int(name.removeprefix("r ")) for name in published.rows(text)[0][1:])
+    return dict(zip(ranks, map(float, published.by_name(text)[row]), strict=True))
+
+
+WIKISQL = _published(published.LORA_TABLE6, "WikiSQL, q and v")  # accuracy of GPT-3
+BLEU = _published(published.LORA_TABLE18, "BLEU")  # of GPT-2 M on E2E
 
 
 def run(lab: Lab) -> Result:
@@ -69,9 +73,9 @@ CLAIMS = (
     Claim(
         statement="LoRA, Tables 6 and 18: a rank as small as one or four on query and value is enough",
         paper="WikiSQL "
-        + ", ".join(f"r {rank} {value}" for rank, value in TABLE6.items())
+        + ", ".join(f"r {rank} {value}" for rank, value in WIKISQL.items())
         + "; E2E BLEU "
-        + ", ".join(f"r {rank} {value}" for rank, value in TABLE18.items()),
+        + ", ".join(f"r {rank} {value}" for rank, value in BLEU.items()),
         criterion=f"the mean perplexities of r 1 and of r 4 at most {SPREAD_MOST:.0%} above the best rank's, the "
         "learning rate chosen for each",
         passes=lambda r: (
@@ -101,33 +105,62 @@ def section(result: Result) -> str:
         f"{tuned.protocol_in_words(result)}.\n\n"
         + table(["adapters on", "rank", "parameters", "learning rate", "perplexity"], rows)
         + f"\n\nFrom rank {PAPER_FROM} on, where the paper's search begins, adapters on all layers lie within "
-        f"{_spread(result, 'all', PAPER_FROM):.1%}."
+        f"{_spread(result, 'all', PAPER_FROM):.1%}. About as many parameters on other layers: {show_at(result, 'all', 4)}, "
+        f"{show_at(result, 'q, v', 16)}."
     )
+
+
+def show_at(result: Result, name: str, rank: int) -> str:
+    parameters = result["ranks"][name][str(rank)]["runs"][0]["adapter_parameters"]
+    return f"r {rank} on {ON[name]} ({parameters:,}) {_means(result, name)[rank]:.2f}"
 
 
 def plots(result: Result, folder: Path) -> dict[str, Path]:
     path = folder / "rank.svg"
-    with draw.figure(path) as axes:
-        for (name, of_target), color in zip(
-            result["ranks"].items(), (draw.ORANGE, draw.BLUE), strict=True
-        ):
-            for rank, found in of_target.items():
-                values = tuned.perplexities(found)
-                axes.scatter([int(rank)] * len(values), values, color=color, s=18, alpha=0.7)
-            means = _means(result, name)
-            axes.plot(means.keys(), means.values(), color=color, linewidth=1.5)
-            last = max(means)
-            axes.text(last * 1.1, means[last], ON[name], color=color, va="center")
-        low = min(_means(result, "all").values())
-        axes.axhspan(low, low * (1 + SPREAD_MOST), color=draw.LIGHT, alpha=0.5, lw=0, zorder=0)
-        axes.text(
-            1, low * (1 + SPREAD_MOST / 2), f"within {SPREAD_MOST:.0%} of the best", va="center"
+    with draw.panels(path, 3, width=9.6) as (ours, *papers):
+        show_ours(ours, result)
+        show_papers(papers[0], WIKISQL, "LoRA, Table 6: GPT-3 on q, v", "accuracy on WikiSQL, %")
+        show_papers(papers[1], BLEU, "LoRA, Table 18: GPT-2 M on q, v", "BLEU on E2E")
+    return {
+        f"Perplexity by rank, a dot for each seed, and what the papers report (there, the higher the better); bands: "
+        f"within {SPREAD_MOST:.0%} of the best": path
+    }
+
+
+def show_ours(axes: Any, result: Result) -> None:
+    colors = (draw.ORANGE, draw.BLUE)
+    for (name, of_target), color in zip(result["ranks"].items(), colors, strict=True):
+        for rank, found in of_target.items():
+            values = tuned.perplexities(found)
+            axes.scatter([int(rank)] * len(values), values, color=color, s=18, alpha=0.7)
+        means = _means(result, name)
+        axes.plot(means.keys(), means.values(), color=color, linewidth=1.5)
+        first = min(means)
+        axes.annotate(
+            ON[name], (first, means[first]), (4, 8), textcoords="offset points", color=color
         )
-        every = sorted({rank for name in result["ranks"] for rank in _means(result, name)})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(every, [str(rank) for rank in every])
-        axes.set(xlabel="rank", ylabel="held-out perplexity", xlim=(0.9, max(every) * 3))
-    return {"Perplexity by rank, a dot for each seed": path}
+    low = min(_means(result, "all").values())
+    axes.axhspan(low, low * (1 + SPREAD_MOST), color=draw.LIGHT, alpha=0.5, lw=0, zorder=0)
+    axes.set(title="ours", ylabel="held-out perplexity")
+    show_ranks(axes, sorted({rank for name in result["ranks"] for rank in _means(result, name)}))
+
+
+def show_papers(axes: Any, values: dict[int, float], title: str, what: str) -> None:
+    axes.plot(values.keys(), values.values(), "o-", color=draw.GREY)
+    best = max(values.values())
+    axes.axhspan(best * (1 - SPREAD_MOST), best, color=draw.LIGHT, alpha=0.5, lw=0, zorder=0)
+    axes.set(
+        title=title, ylabel=what, ylim=(best * (1 - 3 * SPREAD_MOST), best * (1 + SPREAD_MOST))
+    )
+    show_ranks(axes, list(values))
+
+
+def show_ranks(axes: Any, ranks: list[int]) -> None:
+    axes.title.set_fontsize(10)
+    axes.set_xscale("log", base=2)
+    ticks = ranks if len(ranks) <= 8 else ranks[::2]
+    axes.set_xticks(ticks, [str(rank) for rank in ticks])
+    axes.set(xlabel="rank")
 
 
 EXPERIMENT = Experiment(

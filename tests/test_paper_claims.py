@@ -9,6 +9,7 @@ import pytest
 
 from paper_repro.harness.experiment import (
     IN_TREND,
+    KINDS,
     NOT_REPRODUCED,
     NOT_RUN,
     REPORTED,
@@ -43,6 +44,7 @@ def test_each_claim_says_what_it_is_about(name: str) -> None:
         for words in (claim.statement, claim.paper, claim.criterion, claim.measured(result)):
             assert words.strip()
             assert "nan" not in words.lower().split()
+        assert claim.kind in KINDS
 
 
 def _claim(passed: Any, trend: bool = False) -> Claim:

@@ -14,7 +14,14 @@ import pytest
 
 from paper_repro.harness import draw, errata, out_of_reach, page, published, report
 from paper_repro.harness.chapter import read_chapter
-from paper_repro.harness.experiment import IN_TREND, NOT_REPRODUCED, NOT_RUN, REPRODUCED, VERDICTS
+from paper_repro.harness.experiment import (
+    IN_TREND,
+    KINDS,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    VERDICTS,
+)
 from paper_repro.harness.lab import Lab
 from paper_repro.harness.registry import EXPERIMENTS
 from qlora import files
@@ -66,7 +73,7 @@ def test_the_report_is_made_from_the_json_files_alone(everything: Path) -> None:
     failed = rows(words, NOT_REPRODUCED)
     assert len(failed) == 1
     assert failed[0].startswith("| [bits](#bits) | Double quantization takes 0.127")
-    assert f"| {NOT_REPRODUCED} | 1 |" in words
+    assert f"| {NOT_REPRODUCED} | 1 | 0 | 0 | 1 |" in words
     assert "this version" not in words
     assert "Mode: quick. Device: a processor, 2 cores. Commit: abc." in words
     assert "python 3.12, torch 2.13, transformers 5.23" in words
@@ -75,6 +82,19 @@ def test_the_report_is_made_from_the_json_files_alone(everything: Path) -> None:
         assert f"[{name}.json]({name}.json)" in words
     counts = [len(rows(words, verdict)) for verdict in VERDICTS]
     assert sum(counts) == sum(len(experiment.claims) for experiment in EXPERIMENTS.values())
+
+
+def test_claims_are_counted_by_what_their_verdict_rests_on(everything: Path) -> None:
+    words = (everything / "REPORT.md").read_text()
+    table = words.partition("## Claims\n\n")[2].partition("\n\n")[0].splitlines()
+    assert table[0] == "| verdict | by arithmetic | measured | not of these papers | all |"
+    counts = [[int(cell) for cell in line.split("|")[2:-1]] for line in table[2:]]
+    claims = [claim for experiment in EXPERIMENTS.values() for claim in experiment.claims]
+    for place, kind in enumerate(KINDS):
+        assert sum(row[place] for row in counts) == sum(claim.kind == kind for claim in claims)
+    assert all(row[-1] == sum(row[:-1]) for row in counts)
+    tables = len(out_of_reach.CLAIMS)
+    assert f"{tables} tables of the papers are [out of reach](#out-of-reach)" in words
 
 
 def test_sections_come_in_order(everything: Path) -> None:

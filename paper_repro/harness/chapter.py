@@ -19,6 +19,7 @@ class Judged(NamedTuple):
     measured: str
     criterion: str
     verdict: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def _judge(experiment: Experiment, result: Result | None) -> list[Judged]:
             "-" if result is None else claim.measured(result),
             claim.criterion,
             claim.verdict(result),
+            claim.kind,
         )
         for claim in experiment.claims
     ]

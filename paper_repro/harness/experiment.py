@@ -19,6 +19,11 @@ REPRODUCED, IN_TREND, NOT_REPRODUCED, NOT_RUN, REPORTED = VERDICTS = (
     "not run",
     "reported only",
 )
+ARITHMETIC, MEASURED, FURTHER = KINDS = ("by arithmetic", "measured", "not of these papers")
+KINDS_IN_WORDS = (
+    "By arithmetic: from shapes, formulas and the library's own objects, with nothing trained or run. Measured: models, "
+    "weights or times were looked at. Not of these papers: claims of the library itself, or of a later paper."
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Claim:
         measured: the value found, in words.
         trend: what passes is the paper's direction or order, on another model or text, and not its value:
             the verdict is then "in trend".
+        kind: one of KINDS: what the verdict rests on, and whose claim it is.
     """
 
     statement: str
@@ -42,6 +48,7 @@ class Claim:
     passes: Callable[[Result], bool | None] | None
     measured: Callable[[Result], str]
     trend: bool = False
+    kind: str = MEASURED
 
     def verdict(self, result: Result | None) -> str:
         if result is None:

@@ -75,6 +75,21 @@ CLAIMS = (
         published.ELO,
     ),
     OutOfReach(
+        "QLoRA, Table 9: hyperparameters for other data than OASST1, which the experiment `guanaco` has",
+        _LLAMA,
+        "`qlora finetune llama-33b alpaca.jsonl --output ADAPTER --steps 5000 --learning-rate 1e-4 --dropout 0.05 "
+        "--gradient-accumulation-steps 32`, and so on; it cuts whole examples (`--max-length`), not source and target "
+        "apart",
+        published.TABLE9,
+    ),
+    OutOfReach(
+        "QLoRA, Table 11: 5-shot MMLU of LLaMA-7B by the number of examples and epochs",
+        _LLAMA,
+        "`qlora finetune llama-7b 50k.jsonl --output ADAPTER --steps 3125`, which is one epoch of 50,000 examples, for "
+        f"each column; {_MERGE}; then {_MMLU}",
+        published.TABLE11,
+    ),
+    OutOfReach(
         "LoRA, Table 2: GLUE with RoBERTa and DeBERTa",
         "weights and data are in no package",
         _GLUE,
@@ -101,5 +116,17 @@ CLAIMS = (
         _GPT3,
         "the experiment `rank`, on a small model",
         published.LORA_TABLE6,
+    ),
+    OutOfReach(
+        "LoRA, Table 7: what was learned for GPT-3's query matrix, beside the matrix itself",
+        _GPT3,
+        "no command; of an adapter of yours, `torch.linalg.svd(layer.merged_weight() - layer.base_weight())`",
+        published.LORA_TABLE7,
+    ),
+    OutOfReach(
+        "LoRA, Table 18: rank on GPT-2 M",
+        "weights and data are in no package",
+        "as for LoRA's Table 3, with other `--rank`; the experiment `rank`, on a small model",
+        published.LORA_TABLE18,
     ),
 )

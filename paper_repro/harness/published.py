@@ -81,6 +81,30 @@ Bard | 902 | 909
 Guanaco 7B | 879 | 1010
 """
 
+TABLE9 = """
+| batch | learning rate | steps | source length | target length
+7B and 13B, all other data | 16 | 2e-4 | 10000 | 384 | 128
+7B and 13B, OASST1 | 16 | 2e-4 | 1875 | - | 512
+7B and 13B, HH-RLHF | 16 | 2e-4 | 10000 | - | 768
+7B and 13B, Longform | 16 | 2e-4 | 4000 | 512 | 1024
+33B, all other data | 32 | 1e-4 | 5000 | as above | as above
+33B, OASST1 | 16 | 1e-4 | 1875 | as above | as above
+33B, HH-RLHF | 32 | 1e-4 | 5000 | as above | as above
+33B, Longform | 32 | 1e-4 | 2343 | as above | as above
+65B, all other data | 64 | 1e-4 | 2500 | as above | as above
+65B, OASST1 | 16 | 1e-4 | 1875 | as above | as above
+65B, HH-RLHF | 64 | 1e-4 | 2500 | as above | as above
+65B, Longform | 32 | 1e-4 | 2343 | as above | as above
+"""
+
+# MMLU after one, two and three epochs, for each number of examples.
+TABLE11 = """
+data | 50k, 1 | 50k, 2 | 50k, 3 | 100k, 1 | 100k, 2 | 100k, 3 | 150k, 1 | 150k, 2 | 150k, 3
+Chip2 | 34.5 | 35.3 | 34.7 | 33.7 | 33.9 | 34.0 | 34.4 | 34.8 | 35.1
+Unnatural Instructions | 38.1 | 42.2 | 38.1 | 40.1 | 41.2 | 37.0 | 39.7 | 41.1 | 41.5
+FLAN v2 | 43.0 | 43.5 | 44.1 | 43.9 | 43.7 | 44.9 | 44.6 | 45.5 | 43.5
+"""
+
 LORA_TABLE2 = """
 | MNLI | SST-2 | MRPC | CoLA | QNLI | QQP | RTE | STS-B | mean
 RoBERTa-base, fine-tuned (125M) | 87.6 | 94.8 | 90.2 | 63.6 | 92.8 | 91.9 | 78.7 | 91.2 | 86.4
@@ -133,6 +157,22 @@ WikiSQL, q, k, v, o | 74.1 | 73.7 | 74.0 | 74.0 | 73.9
 MNLI, q | 90.7 | 90.9 | 91.1 | 90.7 | 90.7
 MNLI, q and v | 91.3 | 91.4 | 91.3 | 91.6 | 91.4
 MNLI, q, k, v, o | 91.2 | 91.7 | 91.7 | 91.5 | 91.4
+"""
+
+# The query matrix of GPT-3's layer 48: its norm and that of its projections on subspaces of as many directions.
+LORA_TABLE7 = """
+| r 4 | r 64
+norm of W, projected on the first directions of what was learned | 0.32 | 1.90
+the same on those of W itself | 21.67 | 37.71
+the same on random ones | 0.02 | 0.33
+norm of W | 61.95 | 61.95
+norm of what was learned | 6.91 | 3.57
+"""
+
+LORA_TABLE18 = """
+GPT-2 M, E2E | r 1 | r 2 | r 4 | r 8 | r 16 | r 32 | r 64 | r 128 | r 256 | r 512 | r 1024
+validation loss | 1.23 | 1.21 | 1.18 | 1.17 | 1.16 | 1.16 | 1.16 | 1.16 | 1.16 | 1.16 | 1.17
+BLEU | 68.72 | 69.17 | 70.38 | 69.57 | 69.61 | 69.33 | 69.24 | 68.73 | 68.92 | 68.78 | 69.37
 """
 
 

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from paper_repro.harness import errata, out_of_reach, page, published
-from paper_repro.harness.chapter import Chapter, read_chapter
-from paper_repro.harness.experiment import NOT_RUN, VERDICTS, seeds_in_words, table
+from paper_repro.harness.chapter import Chapter, Judged, read_chapter
+from paper_repro.harness.experiment import (
+    KINDS,
+    KINDS_IN_WORDS,
+    NOT_RUN,
+    VERDICTS,
+    seeds_in_words,
+    table,
+)
 from paper_repro.harness.registry import EXPERIMENTS
 from qlora import files
 
@@ -81,11 +88,33 @@ def _seconds(records: Sequence[dict[str, Any]]) -> float:
 
 
 def _claims(chapters: Sequence[Chapter]) -> list[str]:
-    rows = [[chapter.link, *judged] for chapter in chapters for judged in chapter.judged]
-    counts = Counter(judged.verdict for chapter in chapters for judged in chapter.judged)
-    counted = [(verdict, counts[verdict]) for verdict in VERDICTS]
+    every = [(chapter, judged) for chapter in chapters for judged in chapter.judged]
+    rows = [
+        [chapter.link, each.statement, each.paper, each.measured, each.criterion, each.verdict]
+        for chapter, each in every
+    ]
     header = ["experiment", "claim", "paper", "ours", "reproduced or in trend when", "verdict"]
-    return [table(["verdict", "claims"], counted), table(header, map(_cells, rows), text=True)]
+    return [
+        _counts([judged for _, judged in every]),
+        KINDS_IN_WORDS,
+        f"Besides these, {len(out_of_reach.CLAIMS)} tables of the papers are [out of reach](#out-of-reach) here: "
+        "their values are shown, and no verdict is given.",
+        table(header, map(_cells, rows), text=True),
+    ]
+
+
+def _counts(every: Sequence[Judged]) -> str:
+    """How many claims have each verdict, by what it rests on."""
+    counts = Counter((judged.verdict, judged.kind) for judged in every)
+    rows = [
+        (verdict, *(counts[verdict, kind] for kind in KINDS), _of_verdict(every, verdict))
+        for verdict in VERDICTS
+    ]
+    return table(["verdict", *KINDS, "all"], rows)
+
+
+def _of_verdict(every: Sequence[Judged], verdict: str) -> int:
+    return sum(judged.verdict == verdict for judged in every)
 
 
 def _not_run(chapters: Sequence[Chapter]) -> list[str]:
@@ -102,6 +131,7 @@ def _not_run(chapters: Sequence[Chapter]) -> list[str]:
     header = ["out of reach", "why", "what would run it"]
     return [
         here,
+        '<a id="out-of-reach"></a>',
         "Out of reach, so that the papers' values are all that can be shown:",
         table(header, there, text=True),
         *(_folded(claim.claim, claim.values) for claim in out_of_reach.CLAIMS),
