@@ -71,6 +71,16 @@ def test_adapters_inputs_at_once() -> None:
     assert lora_inputs.at_once(config, checkpointing=True) == one
 
 
+@pytest.mark.parametrize(("stats", "bytes"), [({}, 0), ({"requested_bytes.all.current": 5}, 5)])
+def test_tensors_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, stats: dict[str, int], bytes: int
+) -> None:
+    """Torch has no statistics before it has been on the GPU."""
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    assert one_step._requested(torch.device("cuda")) == bytes
+    assert one_step._requested(torch.device("cpu")) == 0
+
+
 @pytest.mark.usefixtures("small")
 def test_a_run_is_kept_and_shown(tmp_path: Path) -> None:
     lab = Lab(tmp_path / "cache", tmp_path / "out")

@@ -104,14 +104,14 @@ def _steps(name: str, layers: int, device: torch.device) -> dict[str, Any]:
 
 
 def _requested(device: torch.device) -> int:
-    """Bytes of the tensors that are on a GPU; 0 on a CPU.
+    """Bytes of the tensors that are on a GPU; 0 on a CPU, and before the first of them.
 
     Not what torch has allocated for them: it hands out up to 1 MiB more of a block than a tensor needs, 2 % of 7B's
     weights.
     """
     if device.type != "cuda":
         return 0
-    return torch.cuda.memory_stats(device)["requested_bytes.all.current"]
+    return torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)
 
 
 def random_model(config: Any, device: torch.device, what: str = "model") -> nn.Module:
