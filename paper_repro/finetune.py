@@ -55,7 +55,7 @@ class Trained:
         return lora_runs.held_out(self.lab, self.subject, network, what)
 
     def study(self, name: str, function: Callable[[Trained], dict[str, Any]]) -> dict[str, Any]:
-        """The value of `function`, remembered by all that the adapter hangs on."""
+        """The value of `function`, remembered by all that the adapter depends on."""
         settings = lora_runs.settings(self.subject, self.run)
         settings |= {"samples": SAMPLE_TOKENS, "prompts": self.subject.task.prompts}
         what = f"finetune-{name}".replace(" ", "-")
@@ -68,7 +68,7 @@ def run(lab: Lab) -> Result:
     measured = {base: lora_runs.after(lab, subject, kind) for base, kind in runs.items()}
     shown = Trained(lab, subject, runs[NF4_DQ])
     _copy_adapter(shown.adapter, lab.out / "adapter")
-    studies = lab.choose(STUDIES, STUDIES | FURTHER)
+    studies = lab.choose(STUDIES, STUDIES | ONLY_FULL)
     return {
         "model": subject.name,
         "task": subject.task.name,
@@ -85,9 +85,9 @@ def run(lab: Lab) -> Result:
 
 def _merged_own(lab: Lab, seed: int) -> dict[str, Any]:
     """One of the own model's adapters of Tables 3 and 4, and the same merged."""
-    run = Run(NF4_DQ, tables34.RATES["own"], seed)
-    trained = Trained(lab, lora_runs.own(lab), run)
-    after = lora_runs.after(lab, trained.subject, run)
+    kind = Run(NF4_DQ, tables34.RATES["own"], seed)
+    trained = Trained(lab, lora_runs.own(lab), kind)
+    after = lora_runs.after(lab, trained.subject, kind)
     return {"after": after["held_out"], MERGED: trained.study(f"{MERGED} own", _merge)}
 
 
@@ -160,7 +160,7 @@ def _requantize_onto_original(trained: Trained) -> dict[str, Any]:
 
 
 STUDIES = {"samples": _samples, MERGED: _merge}
-FURTHER = {ONTO: _merge_onto_original, AGAIN: _requantize, AGAIN_ONTO: _requantize_onto_original}
+ONLY_FULL = {ONTO: _merge_onto_original, AGAIN: _requantize, AGAIN_ONTO: _requantize_onto_original}
 
 
 MERGED_MOST = 0.01

@@ -146,10 +146,6 @@ def _ran(result: Result) -> bool:
     )
 
 
-def _examples(result: Result) -> int:
-    return result["defaults"]["steps"] * result["defaults"]["batch_size"]
-
-
 CLAIMS = (
     Claim(
         statement="The library's defaults are Guanaco's recipe for 7B and 13B on OASST1 (Table 9, section 5)",
@@ -162,16 +158,6 @@ CLAIMS = (
                 or "equal"
             )
             + f"; dropout {r['defaults']['dropout']:g} for .1 or .05: --dropout"
-        ),
-        kind=ARITHMETIC,
-    ),
-    Claim(
-        statement="The recipe shows a model 1875 batches of 16 examples",
-        paper="30,000 examples",
-        criterion="steps times batch of the library's recipe are the same",
-        passes=lambda r: _examples(r) == 30_000,
-        measured=lambda r: (
-            f"{_examples(r):,} examples, at most {_examples(r) * r['defaults']['max_length'] / 1e6:.2f}M tokens"
         ),
         kind=ARITHMETIC,
     ),

@@ -236,8 +236,8 @@ def add_adapter(model: nn.Module, config: QLoRAConfig, name: str) -> None:
         name: letters, digits, '_' and '-'.
 
     Raises:
-        ValueError: there is one of that name, a name in `config` matches nothing, or `config.init` would change
-            the base.
+        ValueError: there is one of that name, a name in `config` matches nothing or means experts that were left as
+            they are, or `config.init` would change the base.
     """
     check_new_name(model, name)
     if config.target_modules is None:
@@ -269,7 +269,7 @@ def _check_experts_converted(layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if isinstance(layer, ExpertLinear):
             raise ValueError(
-                f"target_modules must not name {name}: its experts were left as they are;"
+                f"target_modules must not mean {name}: its experts were left as they are;"
                 " let the target_modules of quantize_model name them too"
             )
 

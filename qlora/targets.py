@@ -177,7 +177,7 @@ def _within(name: str, wholes: Sequence[str]) -> bool:
 
 
 def _heads_of(model: nn.Module) -> Callable[[nn.Module], bool]:
-    """Whether a linear layer, with adapters or without, gives the output embeddings or shares an embedding's weight."""
+    """A test for linear layers, with adapters or without, that give the output embeddings or share an embedding's weight."""
     parts = set(_embedding_parts(model))
     weights = {id(part.weight) for part in parts if isinstance(part.weight, Tensor)}
     return lambda layer: layer in parts or id(layer.weight) in weights

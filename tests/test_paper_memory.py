@@ -81,6 +81,13 @@ def test_tensors_on_a_gpu(
     assert one_step._requested(torch.device("cpu")) == 0
 
 
+@pytest.mark.gpu
+def test_a_model_takes_what_its_shapes_say() -> None:
+    step = one_step._steps("llama-7b", 1, torch.device("cuda"))
+    assert step["requested_bytes"] == pytest.approx(sum(step["static_bytes"].values()), abs=2**20)
+    assert step["requested_bytes"] <= step["allocated_bytes"]
+
+
 @pytest.mark.usefixtures("small")
 def test_a_run_is_kept_and_shown(tmp_path: Path) -> None:
     lab = Lab(tmp_path / "cache", tmp_path / "out")
@@ -160,7 +167,7 @@ def test_a_run_with_other_code_proves_nothing() -> None:
     result = results.passing()
     for run in result["runs"].values():
         run["is_stale"] = True
-    assert [claim.verdict(result) for claim in memory.CLAIMS][1:3] == [NOT_RUN, NOT_RUN]
+    assert [claim.verdict(result) for claim in memory.CLAIMS][1:4] == [NOT_RUN] * 3
     assert "with other code than this report's" in figure6.section(result)
 
 

@@ -19,10 +19,11 @@ REPRODUCED, IN_TREND, NOT_REPRODUCED, NOT_RUN, REPORTED = VERDICTS = (
     "not run",
     "reported only",
 )
-ARITHMETIC, MEASURED, FURTHER = KINDS = ("by arithmetic", "measured", "not of these papers")
+ARITHMETIC, MEASURED, FURTHER = KINDS = ("arithmetic", "measured", "other claims")
 KINDS_IN_WORDS = (
-    "By arithmetic: from shapes, formulas and the library's own objects, with nothing trained or run. Measured: models, "
-    "weights or times were looked at. Not of these papers: claims of the library itself, or of a later paper."
+    "Arithmetic: computed from shapes, formulas and the library's own objects, at most with a step on tensors without "
+    "values. Measured: on models, weights, random draws or by the clock. Other claims: not of these two papers, but of "
+    "the library itself, of a method used here, or of a later paper."
 )
 
 

@@ -87,14 +87,14 @@ TABLE9 = """
 7B and 13B, OASST1 | 16 | 2e-4 | 1875 | - | 512
 7B and 13B, HH-RLHF | 16 | 2e-4 | 10000 | - | 768
 7B and 13B, Longform | 16 | 2e-4 | 4000 | 512 | 1024
-33B, all other data | 32 | 1e-4 | 5000 | as above | as above
-33B, OASST1 | 16 | 1e-4 | 1875 | as above | as above
-33B, HH-RLHF | 32 | 1e-4 | 5000 | as above | as above
-33B, Longform | 32 | 1e-4 | 2343 | as above | as above
-65B, all other data | 64 | 1e-4 | 2500 | as above | as above
-65B, OASST1 | 16 | 1e-4 | 1875 | as above | as above
-65B, HH-RLHF | 64 | 1e-4 | 2500 | as above | as above
-65B, Longform | 32 | 1e-4 | 2343 | as above | as above
+33B, all other data | 32 | 1e-4 | 5000 | not noted | not noted
+33B, OASST1 | 16 | 1e-4 | 1875 | not noted | not noted
+33B, HH-RLHF | 32 | 1e-4 | 5000 | not noted | not noted
+33B, Longform | 32 | 1e-4 | 2343 | not noted | not noted
+65B, all other data | 64 | 1e-4 | 2500 | not noted | not noted
+65B, OASST1 | 16 | 1e-4 | 1875 | not noted | not noted
+65B, HH-RLHF | 64 | 1e-4 | 2500 | not noted | not noted
+65B, Longform | 32 | 1e-4 | 2343 | not noted | not noted
 """
 
 # MMLU after one, two and three epochs, for each number of examples.

@@ -89,16 +89,22 @@ def _seconds(records: Sequence[dict[str, Any]]) -> float:
 
 def _claims(chapters: Sequence[Chapter]) -> list[str]:
     every = [(chapter, judged) for chapter in chapters for judged in chapter.judged]
-    rows = [
-        [chapter.link, each.statement, each.paper, each.measured, each.criterion, each.verdict]
-        for chapter, each in every
+    rows = [[chapter.link, *each[:-2], each.kind, each.verdict] for chapter, each in every]
+    header = [
+        "experiment",
+        "claim",
+        "paper",
+        "ours",
+        "reproduced or in trend when",
+        "kind",
+        "verdict",
     ]
-    header = ["experiment", "claim", "paper", "ours", "reproduced or in trend when", "verdict"]
     return [
         _counts([judged for _, judged in every]),
         KINDS_IN_WORDS,
-        f"Besides these, {len(out_of_reach.CLAIMS)} tables of the papers are [out of reach](#out-of-reach) here: "
-        "their values are shown, and no verdict is given.",
+        f"Besides these, {len(out_of_reach.CLAIMS)} tables of the papers cannot be run here as they stand: they are "
+        "[shown with the papers' values](#out-of-reach), without a verdict; for some of them a smaller experiment above "
+        f"stands in. {out_of_reach.NOT_TRANSCRIBED}",
         table(header, map(_cells, rows), text=True),
     ]
 

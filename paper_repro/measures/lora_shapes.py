@@ -181,7 +181,7 @@ def write(folder: Path) -> dict[str, Any]:
         )
         for number, (targets, rank) in enumerate(FILES.values())
     }
-    # All linear layers: of a dense base "all-linear" means those that were converted when an adapter is added.
+    # Its first adapter, which is not written, makes it a model that others can be added to.
     quantize_model(model, QLoRAConfig(format=None))
     for name, config in configs.items():
         add_adapter(model, config, name)

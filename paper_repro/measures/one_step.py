@@ -6,6 +6,7 @@ planner says, the layers that are left are taken from it.
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
 from collections.abc import Callable
@@ -69,13 +70,14 @@ def at_depth(steps: list[dict[str, Any]], planned: int) -> int:
 
 def _steps(name: str, layers: int, device: torch.device) -> dict[str, Any]:
     """Build the model, take a step that makes the optimizer's states, and measure the one after it."""
+    _collect_garbage()
     torch.manual_seed(0)
     config = model_config(name, layers)
-    before = _requested(device)
+    before, allocated_before = _requested(device), _allocated(device)
     started = time.monotonic()
     model = random_model(config, device, f"{name}, {layers} layers")
     build_seconds = time.monotonic() - started
-    requested = _requested(device) - before
+    requested, allocated = _requested(device) - before, _allocated(device) - allocated_before
     optimizer = make_optimizer(model, RECIPE)
     adapters = [p for p in model.parameters() if p.requires_grad]
     ids = torch.randint(config.vocab_size, (RECIPE.micro_batch_size, RECIPE.max_length))
@@ -93,7 +95,8 @@ def _steps(name: str, layers: int, device: torch.device) -> dict[str, Any]:
         "layers": layers,
         "loss": loss,
         "static_bytes": static_bytes(model),
-        "requested_bytes": requested if device.type == "cuda" else None,
+        "requested_bytes": requested,
+        "allocated_bytes": allocated,
         "optimizer_bytes": optimizer.state_bytes,
         "peak_bytes": peak + optimizer.state_bytes,
         "planned_bytes": plan_memory(config, LORA, RECIPE).total,
@@ -103,15 +106,23 @@ def _steps(name: str, layers: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _requested(device: torch.device) -> int:
-    """Bytes of the tensors that are on a GPU; 0 on a CPU, and before the first of them.
+def _collect_garbage() -> None:
+    """An earlier model that is freed while this one is built would be taken off its bytes."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
-    Not what torch has allocated for them: it hands out up to 1 MiB more of a block than a tensor needs, 2 % of 7B's
-    weights.
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _requested(device: torch.device) -> int:
+    """Bytes of the tensors that are on a GPU; 0 on a CPU, and before torch has been on the GPU.
+
+    It is less than what torch has allocated for them, up to 1 MiB a tensor.
     """
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)
+    stats = torch.cuda.memory_stats(device) if device.type == "cuda" else {}
+    return stats["requested_bytes.all.current"] if stats else 0
 
 
 def random_model(config: Any, device: torch.device, what: str = "model") -> nn.Module:

@@ -31,7 +31,6 @@ def passing() -> dict[str, Any]:
 
 BREAKING = [
     change("defaults", "max_grad_norm", to=1.0),
-    change("defaults", "steps", to=1000),
     change("plans", "33b", "total", to=25 * GIB),
     change("tiny", "apart", to=1e-3),
 ]

@@ -26,6 +26,7 @@ def passing() -> dict[str, Any]:
                     "peak_bytes": int(total),
                     "planned_bytes": int(1.01 * total),
                     "requested_bytes": int(total - 1e9),
+                    "allocated_bytes": int(total),
                 }
             ],
             "measured_on": origin,
@@ -43,7 +44,7 @@ BREAKING = [
     change("models", "65b", "weights", to=47_100_000_000),
     change("runs", "33b", "peak_bytes", to=24 * 2**30),
     change("runs", "7b", "steps", 0, "requested_bytes", to=5_006_000_000),
-    change("runs", "7b", "steps", to=[{"peak_bytes": 94, "planned_bytes": 100}]),
+    change("runs", "7b", "steps", 0, "planned_bytes", to=6_400_000_000),
     change("models", "65b", "parameters", to=65e9),
     change("inputs", "with", to=30),
 ]
