@@ -229,7 +229,8 @@ def test_a_killed_run_resumes_in_the_middle_of_training(
         library_train, "train_step", lambda *args: done.append(args[-1]) or step(*args)
     )
     assert repro(tiny_world, "finetune") == 0
-    assert done == [2, 3, 4, 5]  # the second base alone, from its checkpoint after two steps
+    assert done[:4] == [2, 3, 4, 5]  # the second base from its checkpoint after two steps
+    assert done[4:] == [0, 1, 2, 3, 4, 5] * 3  # then the own model with each seed
     resumed = files.read_json(tiny_world / "finetune.json")["result"]["after"]["nf4+dq"]
     assert resumed == straight
 

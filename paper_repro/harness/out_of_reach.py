@@ -9,19 +9,21 @@ from paper_repro.harness import published
 
 @dataclass(frozen=True)
 class OutOfReach:
-    """A table of a paper that is not run.
+    """A table of a paper that is not run, or several that show the same.
 
     Attributes:
         claim: the table, and what it shows.
         why: what is missing here.
         how: commands that would run it, as far as the library has the parts, and what is missing then.
         values: the table as it is printed, one of `published`.
+        tables: how many tables of the paper these are.
     """
 
     claim: str
     why: str
     how: str
     values: str
+    tables: int = 1
 
 
 _LLAMA = "LLaMA's weights are in no package; nor are the data"
@@ -75,6 +77,7 @@ CLAIMS = (
         f"{_LLAMA}; GPT-4 and people judge",
         "as for Table 6",
         published.ELO,
+        tables=2,
     ),
     OutOfReach(
         "QLoRA, Table 9: hyperparameters for other data than OASST1, which the experiment `guanaco` has",
@@ -85,10 +88,11 @@ CLAIMS = (
         published.TABLE9,
     ),
     OutOfReach(
-        "QLoRA, Table 11: 5-shot MMLU of LLaMA-7B by the number of examples and epochs",
+        "QLoRA, Table 11: 5-shot MMLU by the number of examples and epochs",
         _LLAMA,
-        "`qlora finetune llama-7b 50k.jsonl --output ADAPTER --steps 3125` for one epoch of 50,000 examples, and so many "
-        f"times these steps as there are epochs and 50,000s; {_MERGE}; then {_MMLU}",
+        "`qlora finetune llama-7b 50k.jsonl --output ADAPTER --steps 3125` (7B, to judge by Table 5's values) for one "
+        "epoch of 50,000 examples, and so many times these steps as there are epochs and 50,000s; "
+        f"{_MERGE}; then {_MMLU}",
         published.TABLE11,
     ),
     OutOfReach(

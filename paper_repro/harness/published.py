@@ -160,6 +160,7 @@ MNLI, q, k, v, o | 91.2 | 91.7 | 91.7 | 91.5 | 91.4
 """
 
 # The query matrix of GPT-3's layer 48: its norm and that of its projections on subspaces of as many directions.
+# The last row is from the text beside the table, which has it for r 4.
 LORA_TABLE7 = """
 | r 4 | r 64
 norm of W, projected on the first directions of what was learned | 0.32 | 1.90
@@ -167,6 +168,7 @@ the same on those of W itself | 21.67 | 37.71
 the same on random ones | 0.02 | 0.33
 norm of W | 61.95 | 61.95
 norm of what was learned | 6.91 | 3.57
+amplification: the norm of what was learned by the first of these | 21.5 | -
 """
 
 LORA_TABLE18 = """

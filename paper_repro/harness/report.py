@@ -99,10 +99,11 @@ def _claims(chapters: Sequence[Chapter]) -> list[str]:
         "kind",
         "verdict",
     ]
+    unreachable = sum(claim.tables for claim in out_of_reach.CLAIMS)
     return [
         _counts([judged for _, judged in every]),
         KINDS_IN_WORDS,
-        f"Besides these, {len(out_of_reach.CLAIMS)} tables of the papers cannot be run here as they stand: they are "
+        f"Besides these, {unreachable} tables of the papers cannot be run here as they stand: they are "
         "[shown with the papers' values](#out-of-reach), without a verdict; for some of them a smaller experiment above "
         f"stands in. {out_of_reach.NOT_TRANSCRIBED}",
         table(header, map(_cells, rows), text=True),
