@@ -260,7 +260,7 @@ def plots(result: Result, folder: Path) -> dict[str, Path]:
             steps = range(1, len(found["losses"]) + 1)
             axes.plot(steps, found["losses"], color=color, alpha=0.3, linewidth=1)
             mean = show_running_mean(found["losses"])
-            axes.plot(steps, mean, color=color, linewidth=2, label=f"LoRA over {LABELS[base]}")
+            axes.plot(steps, mean, color=color, linewidth=2, label=f"base: {LABELS[base]}")
         axes.set(xlabel="step", ylabel="training loss, nats per token")
         axes.legend(frameon=False)
     return {"Training loss over both bases, each step and its running mean": path}

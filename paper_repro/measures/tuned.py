@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,25 +12,53 @@ from paper_repro.harness.lab import Lab
 from paper_repro.measures.lora_runs import Run, Subject, after
 
 RATES = (5e-3, 1e-2, 2e-2)
+STEP, FURTHEST = 2, 8  # beyond an edge of RATES: from one rate to the next, and how far
 
 
 def tuned(lab: Lab, subject: Subject, run: Run, seeds: Sequence[int]) -> dict[str, Any]:
-    """A kind of run at the one of RATES that suits it best, chosen with the first seed on the validation records.
+    """A kind of run at the learning rate that suits it best, chosen with the first seed on the validation records.
+
+    RATES are tried first; as long as the best of those tried is at an edge, the next one beyond it is too.
 
     Returns:
-        "rates", the validation loss of each; "learning_rate", the best; "is_at_edge", whether it is the lowest or
-        the highest of those tried; "runs", as of `after`, one for each seed.
+        "rates", the validation loss of each, None where training diverged; "learning_rate", the best; "is_at_edge",
+        whether it is still the lowest or the highest of those tried; "runs", as of `after`, one for each seed.
     """
-    tried = {rate: replace(run, learning_rate=rate, seed=seeds[0]) for rate in RATES}
-    losses = {rate: after(lab, subject, each)["validation_nll"] for rate, each in tried.items()}
+
+    def at(rate: float, seed: int) -> dict[str, Any]:
+        return after(lab, subject, replace(run, learning_rate=rate, seed=seed))
+
+    def loss(rate: float) -> float:
+        try:
+            return at(rate, seeds[0])["validation_nll"]
+        except FloatingPointError:
+            return math.inf
+
+    losses = {rate: loss(rate) for rate in RATES}
+    while (further := _beyond(losses)) is not None:
+        losses[further] = loss(further)
     best = min(losses, key=losses.__getitem__)
-    runs = [after(lab, subject, replace(tried[best], seed=seed)) for seed in seeds]
     return {
-        "rates": {f"{rate:g}": loss for rate, loss in losses.items()},
+        "rates": {
+            f"{rate:g}": value if math.isfinite(value) else None
+            for rate, value in sorted(losses.items())
+        },
         "learning_rate": best,
-        "is_at_edge": best in (min(RATES), max(RATES)),
-        "runs": runs,
+        "is_at_edge": best in (min(losses), max(losses)),
+        "runs": [at(best, seed) for seed in seeds],
     }
+
+
+def _beyond(losses: Mapping[float, float]) -> float | None:
+    """The rate to try next: beyond the best one where that is at an edge, unless it is far from RATES."""
+    best = min(losses, key=losses.__getitem__)
+    if best == max(losses):
+        further = best * STEP
+    elif best == min(losses):
+        further = best / STEP
+    else:
+        return None
+    return further if min(RATES) / FURTHEST <= further <= max(RATES) * FURTHEST else None
 
 
 def perplexities(found: dict[str, Any]) -> list[float]:
@@ -45,7 +74,8 @@ def protocol_in_words(result: Result) -> str:
     """How the learning rates were chosen, and what is drawn."""
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     return (
-        f"Seeds {seeds_in_words(result)}. The learning rate of each is the best of {rates} on further held-out "
-        "records, with the first seed; an asterisk marks one at the edge of those tried: one beyond it might do "
-        "better. Mean and standard deviation over seeds"
+        f"Seeds {seeds_in_words(result)}. The learning rate of each is the best of {rates}, and of rates beyond, doubled or "
+        "halved as long as the best is at an edge, on further held-out "
+        "records, with the first seed; an asterisk marks one that is at the edge still: one beyond it might "
+        "do better. Mean and standard deviation over seeds"
     )

@@ -39,3 +39,4 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     from paper_repro.measures import tuned as measured_tuned
 
     monkeypatch.setattr(measured_tuned, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(measured_tuned, "FURTHEST", 2)
