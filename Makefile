@@ -1,5 +1,5 @@
 # make repro   the papers' tables and figures, in about 20 minutes on two cores, and a report with a verdict for each claim
-# make repro-full  the same with more seeds, tokens and steps: about an hour more
+# make repro-full  the same with more seeds, tokens and steps: in about an hour and a quarter
 # make test    the whole test suite
 # make lint    style and format
 # make bench   time what this machine can run, against what is installed

@@ -33,7 +33,7 @@ same command goes on from there."""
 EXAMPLES = f"""\
 examples:
   python -m paper_repro                  everything, then the report: in about 20 minutes on two cores
-  python -m paper_repro --full           with more seeds, tokens and steps: about an hour and a half
+  python -m paper_repro --full           with more seeds, tokens and steps: in about an hour and a quarter
   python -m paper_repro table2           one experiment, then the report
   python -m paper_repro --list           the experiments, their claims and criteria
   python -m paper_repro table2 --fresh   measure anew what is remembered

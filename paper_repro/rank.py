@@ -107,7 +107,7 @@ def section(result: Result) -> str:
         f"The {result['model']}, {result['task']}, NF4 + DQ, alpha {lora_runs.ALPHA}. "
         f"{tuned.protocol_in_words(result)}.\n\n"
         + table(["adapters on", "rank", "parameters", "learning rate", "perplexity"], rows)
-        + f"\n\nWith about as many parameters, {show_at(result, 'all', 4)}, {show_at(result, 'q, v', 16)}. The band of "
+        + f"\n\nWith about as many parameters, perplexity is {show_at(result, 'all', 4)} and {show_at(result, 'q, v', 16)}. The band of "
         f"{SPREAD_MOST:.0%} is of perplexity: by the same band of BLEU LoRA's own Table 18 would fail with r 1, "
         f"{1 - BLEU[1] / max(BLEU.values()):.1%} below its best."
     )
@@ -115,7 +115,7 @@ def section(result: Result) -> str:
 
 def show_at(result: Result, name: str, rank: int) -> str:
     parameters = result["ranks"][name][str(rank)]["runs"][0]["adapter_parameters"]
-    return f"perplexity is {_means(result, name)[rank]:.2f} with r {rank} on {ON[name]} ({parameters:,})"
+    return f"{_means(result, name)[rank]:.2f} with r {rank} on {ON[name]} ({parameters:,})"
 
 
 def plots(result: Result, folder: Path) -> dict[str, Path]:
