@@ -111,7 +111,7 @@ CLAIMS = (
 EXPERIMENT = Experiment(
     "beyond",
     "Beyond the paper: AF4, block sizes, fitted codebooks, formats of the scales",
-    (0.8, 10),
+    (0.4, 12),
     run,
     CLAIMS,
     beyond_shown.section,

@@ -240,7 +240,7 @@ def plots(result: Result, folder: Path) -> dict[str, Path]:
 EXPERIMENT = Experiment(
     "datatypes",
     "4-bit data types on normal data and on trained weights",
-    (3.3, 3.3),
+    (4.3, 4),
     run,
     CLAIMS,
     section,

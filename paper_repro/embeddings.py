@@ -210,7 +210,7 @@ def plots(result: Result, folder: Path) -> dict[str, Path]:
 EXPERIMENT = Experiment(
     "embeddings",
     "Data types on a sentence encoder, by its embeddings",
-    (0.5, 3),
+    (0.4, 2),
     run,
     CLAIMS,
     section,

@@ -233,5 +233,5 @@ def plots(result: Result, folder: Path) -> dict[str, Path]:
 
 
 EXPERIMENT = Experiment(
-    "figure3", "Figure 3: zero-shot accuracy by data type", (1.3, 8), run, CLAIMS, section, plots
+    "figure3", "Figure 3: zero-shot accuracy by data type", (1.3, 7), run, CLAIMS, section, plots
 )

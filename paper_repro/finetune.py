@@ -272,5 +272,5 @@ def show_running_mean(values: list[float], width: int = 10) -> list[float]:
 
 
 EXPERIMENT = Experiment(
-    "finetune", "An adapter to look at, and merging", (0.6, 2), run, CLAIMS, section, plots
+    "finetune", "An adapter to look at, and merging", (0.6, 1), run, CLAIMS, section, plots
 )

@@ -226,4 +226,4 @@ def section(result: Result) -> str:
     )
 
 
-EXPERIMENT = Experiment("guanaco", "The Guanaco recipe", (0.4, 0.4), run, CLAIMS, section)
+EXPERIMENT = Experiment("guanaco", "The Guanaco recipe", (0.2, 0.2), run, CLAIMS, section)

@@ -194,7 +194,7 @@ def plots(result: Result, folder: Path) -> dict[str, Path]:
 EXPERIMENT = Experiment(
     "latency",
     "LoRA's Table 1: latency of merged LoRA and of serial adapters",
-    (0.9, 2.5),
+    (0.8, 2.3),
     run,
     CLAIMS,
     section,

@@ -118,7 +118,7 @@ def plots(result: Result, folder: Path) -> dict[str, Path]:
 EXPERIMENT = Experiment(
     "layers",
     "Figure 2: which layers need adapters",
-    (1.2, 2.2),
+    (1.1, 2),
     run,
     CLAIMS,
     section,

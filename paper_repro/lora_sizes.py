@@ -191,7 +191,7 @@ def lessons(result: Result) -> list[str]:
 EXPERIMENT = Experiment(
     "lora_sizes",
     "LoRA: parameters, checkpoints, memory",
-    (0.3, 0.3),
+    (0.1, 0.1),
     run,
     CLAIMS,
     lora_sizes_shown.section,

@@ -226,7 +226,7 @@ CLAIMS = (
 EXPERIMENT = Experiment(
     "memory",
     "Figure 6: memory of a training step",
-    (0.5, 0.5),
+    (0.2, 0.2),
     run,
     CLAIMS,
     figure6.section,

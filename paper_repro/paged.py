@@ -185,5 +185,5 @@ def lessons(result: Result) -> list[str]:
 
 
 EXPERIMENT = Experiment(
-    "paged", "Paged optimizers", (0.3, 0.3), run, CLAIMS, section, lessons=lessons
+    "paged", "Paged optimizers", (0.1, 0.1), run, CLAIMS, section, lessons=lessons
 )

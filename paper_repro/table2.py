@@ -168,7 +168,7 @@ def lessons(result: Result) -> list[str]:
 EXPERIMENT = Experiment(
     "table2",
     "Table 2: perplexity by 4-bit data type",
-    (2, 7),
+    (2, 6),
     run,
     CLAIMS,
     section,

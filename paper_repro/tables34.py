@@ -274,7 +274,7 @@ def show_gaps(panel: Any, name: str, model: dict[str, Any]) -> None:
 EXPERIMENT = Experiment(
     "tables34",
     "Tables 3 and 4: fine-tuning through 4 bits",
-    (4, 22),
+    (4.3, 24),
     run,
     CLAIMS,
     section,

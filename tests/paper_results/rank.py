@@ -41,3 +41,4 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured_tuned, "RATES", (1e-3, 1e-2))
     monkeypatch.setattr(measured_tuned, "FURTHEST", 2)
     monkeypatch.setattr(rank, "ALL_RANKS", (4, 8))
+    monkeypatch.setattr(rank, "FEW_RANKS", (4, 8))
