@@ -8,7 +8,7 @@ from paper_repro import beyond_errors, beyond_lessons, beyond_models, beyond_sho
 from paper_repro.beyond_errors import BLOCKSIZE, NORMAL, SEED, SOURCES
 from paper_repro.beyond_lessons import OWN, SAME_VALUES, deviation
 from paper_repro.beyond_models import LARGEST
-from paper_repro.harness.experiment import FURTHER, Claim, Experiment, Result
+from paper_repro.harness.experiment import OTHER, Claim, Experiment, Result
 from paper_repro.harness.lab import Lab
 from paper_repro.harness.stats import Interval, gap
 
@@ -58,7 +58,7 @@ CLAIMS = (
         criterion=f"its values for blocks of 64 and 4096 within {SAME_VALUES} of those of least error",
         passes=lambda r: deviation(r, "least_absolute") <= SAME_VALUES,
         measured=lambda r: f"off by up to {deviation(r, 'least_absolute'):.4f}",
-        kind=FURTHER,
+        kind=OTHER,
     ),
     Claim(
         statement=f"{AF4}: AF4's values are medians between the midpoints to their neighbours, and beside 0 "
@@ -67,7 +67,7 @@ CLAIMS = (
         criterion="none: found by reading that code, when the definition did not give its values",
         passes=None,
         measured=lambda r: f"off by up to {deviation(r, 'af4'):.1e}",
-        kind=FURTHER,
+        kind=OTHER,
     ),
     Claim(
         statement=f"{AF4}: at larger block sizes AF4 has a smaller absolute error than NF4",
@@ -76,7 +76,7 @@ CLAIMS = (
         f"{' and of '.join(map(str, LARGER))}",
         passes=lambda r: all(_against_nf4(r, size) < 0 for size in LARGER),
         measured=lambda r: ", ".join(f"{_against_nf4(r, s):+.1%} at {s}" for s in LARGER),
-        kind=FURTHER,
+        kind=OTHER,
     ),
     Claim(
         statement=f"{AF4}: at small block sizes the two are alike",
@@ -85,7 +85,7 @@ CLAIMS = (
         "of each other",
         passes=lambda r: abs(_against_nf4(r, BLOCKSIZE)) <= ALIKE,
         measured=lambda r: f"AF4 {_against_nf4(r, BLOCKSIZE):+.1%}",
-        kind=FURTHER,
+        kind=OTHER,
     ),
     Claim(
         statement=f"{AF4}: a language model in large blocks has a lower perplexity with AF4 than with NF4",
@@ -95,7 +95,7 @@ CLAIMS = (
         passes=lambda r: _af4_above_nf4(r, LARGEST).high < 0,
         measured=lambda r: f"AF4 {_af4_above_nf4(r, LARGEST)} nats per token above NF4",
         trend=True,
-        kind=FURTHER,
+        kind=OTHER,
     ),
     Claim(
         statement=f"{AF4}: a language model in small blocks has about the same perplexity with both",
@@ -104,7 +104,7 @@ CLAIMS = (
         passes=lambda r: abs(_perplexity_change(r, BLOCKSIZE)) <= ALIKE_PERPLEXITY,
         measured=lambda r: f"AF4 {_perplexity_change(r, BLOCKSIZE):+.2%}",
         trend=True,
-        kind=FURTHER,
+        kind=OTHER,
     ),
 )
 

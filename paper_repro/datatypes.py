@@ -145,6 +145,7 @@ CLAIMS = (
         f"{NF4_MSE_TOLERANCE:.0%}",
         passes=_in_order,
         measured=lambda r: f"NF4 {_mse(r, NF4):.5f}, next {_mse(r, BY_MSE[1]):.5f}",
+        trend=True,
     ),
     Claim(
         statement="Double quantization costs no accuracy (section 3)",
@@ -152,6 +153,7 @@ CLAIMS = (
         criterion=f"it adds at most {DQ_MOST:.1%} to NF4's MSE on normal data",
         passes=lambda r: _dq_cost(r) <= DQ_MOST,
         measured=lambda r: f"{_dq_cost(r):+.2%}",
+        trend=True,
     ),
     Claim(
         statement="NF4 has the least error on trained weights (section 3), here on weights that were never "

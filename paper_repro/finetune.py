@@ -187,7 +187,7 @@ CLAIMS = (
         statement="The adapter can be merged into a 16-bit model (LoRA, section 4.1)",
         paper="exact up to rounding",
         criterion=f"plain transformers loads the merged model; its perplexity is within {MERGED_MOST:.0%} of "
-        "the unmerged one's, for SmolLM2 and for the own model with each seed",
+        f"the unmerged one's: SmolLM2 (seed {SEED}), the own model (seeds {', '.join(map(str, MERGE_SEEDS))})",
         passes=lambda r: max(map(abs, _merge_changes(r))) <= MERGED_MOST,
         measured=lambda r: " / ".join(f"{change:+.2%}" for change in _merge_changes(r)),
     ),

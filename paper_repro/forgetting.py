@@ -145,6 +145,7 @@ CLAIMS = (
             f"{task} {_mean(r, BASE, task):.3f} to {_mean(r, task, task):.3f} nats"
             for task in TASKS
         ),
+        trend=True,
     ),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from paper_repro.harness.experiment import ARITHMETIC, FURTHER, Claim, Experiment, Result, table
+from paper_repro.harness.experiment import ARITHMETIC, OTHER, Claim, Experiment, Result, table
 from paper_repro.harness.lab import Lab
 from paper_repro.measures import small_llama
 from qlora import QLoRAConfig, shapes
@@ -148,7 +148,8 @@ def _ran(result: Result) -> bool:
 
 CLAIMS = (
     Claim(
-        statement="The library's defaults are Guanaco's recipe for 7B and 13B on OASST1 (Table 9, section 5)",
+        statement="The library's defaults are Guanaco's recipe for 7B and 13B on OASST1, but for the dropout (Table 9, "
+        "section 5)",
         paper=f"{len(ADAPTER) + len(TRAINING) + 1} settings",
         criterion="all are equal; but for the dropout, about which the paper and its scripts disagree",
         passes=lambda r: not _other(r),
@@ -184,8 +185,7 @@ CLAIMS = (
             f"{len(r['tiny']['metrics'])} steps, answers {r['tiny']['apart']:.1e} apart, "
             f"{r['tiny']['learned']:.1e} from the base"
         ),
-        trend=True,
-        kind=FURTHER,
+        kind=OTHER,
     ),
 )
 

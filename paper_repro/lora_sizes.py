@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from paper_repro import lora_sizes_shown
 from paper_repro.figure6 import FIGURE6, MIB
-from paper_repro.harness.experiment import ARITHMETIC, FURTHER, Claim, Experiment, Result
+from paper_repro.harness.experiment import ARITHMETIC, OTHER, Claim, Experiment, Result
 from paper_repro.harness.lab import Lab
 from paper_repro.materials import assets, model
 from paper_repro.measures import lora_shapes
@@ -131,7 +131,7 @@ CLAIMS = (
             f"{name}: {a['weights_bytes'] / 1e6:.2f} MB"
             for name, a in r["files"]["adapters"].items()
         ),
-        kind=FURTHER,
+        kind=OTHER,
     ),
     Claim(
         statement="QLoRA, section 3: LoRA takes 0.2 % of LLaMA-7B's weights, 26 MB",

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from paper_repro.harness import draw
 from paper_repro.harness.draw import BLUE, GREY, ORANGE
-from paper_repro.harness.experiment import FURTHER, Claim, Experiment, Result, table
+from paper_repro.harness.experiment import OTHER, Claim, Experiment, Result, table
 from paper_repro.harness.lab import Lab
 from paper_repro.materials import weights
 
@@ -118,7 +118,7 @@ CLAIMS = (
         criterion=f"{CONTROL[0]:.0%} to {CONTROL[1]:.0%} of Gaussian rows of the same lengths are rejected",
         passes=lambda r: CONTROL[0] <= _control(r) <= CONTROL[1],
         measured=lambda r: f"{_control(r):.1%}",
-        kind=FURTHER,
+        kind=OTHER,
     ),
     Claim(
         statement="Appendix F: most hidden units of a trained model have normal weights",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from paper_repro.harness.experiment import ARITHMETIC, FURTHER, Claim, Experiment, Result, table
+from paper_repro.harness.experiment import ARITHMETIC, OTHER, Claim, Experiment, Result, table
 from paper_repro.harness.lab import Lab
 from paper_repro.harness.room import where_it_fits
 from paper_repro.harness.stats import Interval, bootstrap_median
@@ -120,7 +120,7 @@ CLAIMS = (
         measured=lambda r: (
             f"{r['errors']['ours']:.1e} against torch's {r['errors']['torch']:.1e}: {_error(r):.2f} times"
         ),
-        kind=FURTHER,
+        kind=OTHER,
     ),
     Claim(
         statement="A step with paged states takes as long as one with regular states, where there is room",

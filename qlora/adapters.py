@@ -269,8 +269,8 @@ def _check_experts_converted(layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if isinstance(layer, ExpertLinear):
             raise ValueError(
-                f"target_modules must not mean {name}: its experts were left as they are;"
-                " let the target_modules of quantize_model name them too"
+                f"target_modules must not mean {name}: its experts were left as they are, and only"
+                " quantize_model splits them: let its target_modules name them too"
             )
 
 

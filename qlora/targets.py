@@ -76,7 +76,7 @@ def _check_trained_whole(name: str, module: nn.Module) -> None:
 
 
 def output_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
-    """The names of those of the layers, which hold adapters, that get one only where they are named."""
+    """Of layers that hold adapters, the names of those that "all-linear" leaves out: the output embeddings."""
     is_head = _heads_of(model)
     return [name for name, layer in layers.items() if is_head(layer)]
 

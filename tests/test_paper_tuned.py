@@ -57,6 +57,27 @@ def test_it_stops_somewhere_and_says_so(
     assert (found["learning_rate"], found["is_at_edge"]) == (last, True)
 
 
+def test_nor_is_one_at_which_another_seed_diverges(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, bowl(0.01))
+    without = tuned.after
+
+    def after(lab: Any, subject: Any, run: Run) -> dict[str, Any]:
+        if (run.learning_rate, run.seed) == (0.01, 1):
+            raise FloatingPointError("the loss is not finite")
+        return without(lab, subject, run)
+
+    monkeypatch.setattr(tuned, "after", after)
+    found = tuned.tuned(None, None, Run(NF4_DQ, 0.0, 0), [0, 1])
+    assert found["learning_rate"] in (0.005, 0.02)
+    assert found["rates"]["0.01"] is None
+    assert len(found["runs"]) == 2
+
+
+def test_where_all_diverge_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FloatingPointError, match="diverges at all learning rates"):
+        choose(monkeypatch, lambda rate: math.inf)
+
+
 def test_a_rate_that_diverges_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     found = choose(monkeypatch, lambda rate: math.inf if rate > 0.02 else bowl(0.02)(rate))
     assert (found["learning_rate"], found["is_at_edge"]) == (0.02, False)

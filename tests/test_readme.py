@@ -54,3 +54,13 @@ def test_every_command_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_floor_plan_names_every_file(folder: str) -> None:
     files = {file.name for file in Path(__file__).parents[1].glob(f"{folder}/*.py")}
     assert {name for name in files - {"__init__.py"} if name not in README} == set()
+
+
+def test_the_counts_of_verdicts_are_those_of_the_full_run_that_is_kept() -> None:
+    section = README.partition("The last full run")[2]
+    link = re.search(r"\((paper_repro/results/.*/REPORT\.md)\)", section)[1]
+    table = section[section.index("| verdict") :].partition("\n\n")[0]
+    report = (Path(__file__).parents[1] / link).read_text(encoding="utf-8")
+    assert table in report
+    every = sum(int(line.split("|")[-2]) for line in table.splitlines()[2:])
+    assert f"judges {every} claims" in section

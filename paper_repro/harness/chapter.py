@@ -18,8 +18,8 @@ class Judged(NamedTuple):
     paper: str
     measured: str
     criterion: str
-    verdict: str
     kind: str
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def _judge(experiment: Experiment, result: Result | None) -> list[Judged]:
             claim.paper,
             "-" if result is None else claim.measured(result),
             claim.criterion,
-            claim.verdict(result),
             claim.kind,
+            claim.verdict(result),
         )
         for claim in experiment.claims
     ]

@@ -19,17 +19,17 @@ REPRODUCED, IN_TREND, NOT_REPRODUCED, NOT_RUN, REPORTED = VERDICTS = (
     "not run",
     "reported only",
 )
-ARITHMETIC, MEASURED, FURTHER = KINDS = ("arithmetic", "measured", "other claims")
+ARITHMETIC, MEASURED, OTHER = KINDS = ("arithmetic", "measured", "other claims")
 KINDS_IN_WORDS = (
-    "Arithmetic: computed from shapes, formulas and the library's own objects, at most with a step on tensors without "
-    "values. Measured: on models, weights, random draws or by the clock. Other claims: not of these two papers, but of "
+    "Arithmetic: computed from shapes, formulas and the library's own objects, at most on torch's "
+    "meta device, which has shapes alone. Measured: on models, weights, random draws or by the clock. Other claims: not of these two papers, but of "
     "the library itself, of a method used here, or of a later paper."
 )
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement of the paper beside its criterion, which is stated nowhere else.
+    """One statement, of a paper or of the library, beside its criterion, which is stated nowhere else.
 
     Attributes:
         statement: what the paper says, with the table, figure or section where it does.

@@ -168,7 +168,7 @@ the same on those of W itself | 21.67 | 37.71
 the same on random ones | 0.02 | 0.33
 norm of W | 61.95 | 61.95
 norm of what was learned | 6.91 | 3.57
-amplification: the norm of what was learned by the first of these | 21.5 | -
+amplification: the norm of what was learned by the first row | 21.5 | -
 """
 
 LORA_TABLE18 = """

@@ -88,8 +88,7 @@ def _seconds(records: Sequence[dict[str, Any]]) -> float:
 
 
 def _claims(chapters: Sequence[Chapter]) -> list[str]:
-    every = [(chapter, judged) for chapter in chapters for judged in chapter.judged]
-    rows = [[chapter.link, *each[:-2], each.kind, each.verdict] for chapter, each in every]
+    rows = [[chapter.link, *judged] for chapter in chapters for judged in chapter.judged]
     header = [
         "experiment",
         "claim",
@@ -101,7 +100,7 @@ def _claims(chapters: Sequence[Chapter]) -> list[str]:
     ]
     unreachable = sum(claim.tables for claim in out_of_reach.CLAIMS)
     return [
-        _counts([judged for _, judged in every]),
+        _counts([judged for chapter in chapters for judged in chapter.judged]),
         KINDS_IN_WORDS,
         f"Besides these, {unreachable} tables of the papers cannot be run here as they stand: they are "
         "[shown with the papers' values](#out-of-reach), without a verdict; for some of them a smaller experiment above "
@@ -110,18 +109,14 @@ def _claims(chapters: Sequence[Chapter]) -> list[str]:
     ]
 
 
-def _counts(every: Sequence[Judged]) -> str:
+def _counts(judged: Sequence[Judged]) -> str:
     """How many claims have each verdict, by what it rests on."""
-    counts = Counter((judged.verdict, judged.kind) for judged in every)
-    rows = [
-        (verdict, *(counts[verdict, kind] for kind in KINDS), _of_verdict(every, verdict))
-        for verdict in VERDICTS
-    ]
+    counts = Counter((each.verdict, each.kind) for each in judged)
+    rows = []
+    for verdict in VERDICTS:
+        of_kinds = [counts[verdict, kind] for kind in KINDS]
+        rows.append((verdict, *of_kinds, sum(of_kinds)))
     return table(["verdict", *KINDS, "all"], rows)
-
-
-def _of_verdict(every: Sequence[Judged], verdict: str) -> int:
-    return sum(judged.verdict == verdict for judged in every)
 
 
 def _not_run(chapters: Sequence[Chapter]) -> list[str]:

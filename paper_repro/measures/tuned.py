@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,10 @@ from paper_repro.harness.lab import Lab
 from paper_repro.measures.lora_runs import Run, Subject, after
 
 RATES = (5e-3, 1e-2, 2e-2)
-STEP, FURTHEST = 2, 8  # beyond an edge of RATES: from one rate to the next, and how far
+STEP, FURTHEST = (
+    2,
+    8,
+)  # beyond an edge of RATES: the factor between two rates, and of the last one to RATES
 
 
 def tuned(lab: Lab, subject: Subject, run: Run, seeds: Sequence[int]) -> dict[str, Any]:
@@ -37,7 +40,7 @@ def tuned(lab: Lab, subject: Subject, run: Run, seeds: Sequence[int]) -> dict[st
     losses = {rate: loss(rate) for rate in RATES}
     while (further := _beyond(losses)) is not None:
         losses[further] = loss(further)
-    best = min(losses, key=losses.__getitem__)
+    best, runs = _at_best(losses, lambda rate: [at(rate, seed) for seed in seeds])
     return {
         "rates": {
             f"{rate:g}": value if math.isfinite(value) else None
@@ -45,8 +48,22 @@ def tuned(lab: Lab, subject: Subject, run: Run, seeds: Sequence[int]) -> dict[st
         },
         "learning_rate": best,
         "is_at_edge": best in (min(losses), max(losses)),
-        "runs": [at(best, seed) for seed in seeds],
+        "runs": runs,
     }
+
+
+def _at_best(
+    losses: dict[float, float], train: Callable[[float], list[dict[str, Any]]]
+) -> tuple[float, list[dict[str, Any]]]:
+    """The best rate and its runs; a rate at which one of the seeds diverges is not the best."""
+    while math.isfinite(losses[best := min(losses, key=losses.__getitem__)]):
+        try:
+            return best, train(best)
+        except FloatingPointError:
+            losses[best] = math.inf
+    raise FloatingPointError(
+        f"training diverges at all learning rates: {', '.join(map(str, losses))}"
+    )
 
 
 def _beyond(losses: Mapping[float, float]) -> float | None:
