@@ -12,10 +12,8 @@ from paper_repro.harness.lab import Lab
 from paper_repro.measures.lora_runs import Run, Subject, after
 
 RATES = (5e-3, 1e-2, 2e-2)
-STEP, FURTHEST = (
-    2,
-    8,
-)  # beyond an edge of RATES: the factor between two rates, and of the last one to RATES
+STEP = 2  # from the best rate, where it is at an edge, to the next one beyond
+FURTHEST = 8  # how many times below or above RATES the search may go
 
 
 def tuned(lab: Lab, subject: Subject, run: Run, seeds: Sequence[int]) -> dict[str, Any]:
@@ -91,8 +89,8 @@ def protocol_in_words(result: Result) -> str:
     """How the learning rates were chosen, and what is drawn."""
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     return (
-        f"Seeds {seeds_in_words(result)}. The learning rate of each is the best of {rates}, and of rates beyond, doubled or "
-        "halved as long as the best is at an edge, on further held-out "
-        "records, with the first seed; an asterisk marks one that is at the edge still: one beyond it might "
-        "do better. Mean and standard deviation over seeds"
+        f"Seeds {seeds_in_words(result)}. The learning rate of each is the best of {rates}, and of rates beyond, "
+        "doubled or halved as long as the best is at an edge, by its loss on further held-out records, with the first "
+        "seed; an asterisk marks one that is at an edge still: one beyond it might do better. Mean and standard "
+        "deviation over seeds"
     )
