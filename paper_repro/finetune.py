@@ -63,7 +63,7 @@ class Trained:
 
 
 def run(lab: Lab) -> Result:
-    subject = lora_runs.smollm2(lab)
+    subject, own = lora_runs.smollm2(lab), lora_runs.own(lab)
     runs = {base: Run(base, tables34.RATES["smollm2"], SEED) for base in (DENSE, NF4_DQ)}
     measured = {base: lora_runs.after(lab, subject, kind) for base, kind in runs.items()}
     shown = Trained(lab, subject, runs[NF4_DQ])
@@ -78,16 +78,15 @@ def run(lab: Lab) -> Result:
         "prompts": subject.task.prompts,
         "answers": subject.task.answers,
         "after": measured,
-        "own": [_merged_own(lab, seed) for seed in MERGE_SEEDS],
+        "own": [_merged_own(lab, own, seed) for seed in MERGE_SEEDS],
         **{name: shown.study(name, function) for name, function in studies.items()},
     }
 
 
-def _merged_own(lab: Lab, seed: int) -> dict[str, Any]:
+def _merged_own(lab: Lab, own: Subject, seed: int) -> dict[str, Any]:
     """One of the own model's adapters of Tables 3 and 4, and the same merged."""
-    kind = Run(NF4_DQ, tables34.RATES["own"], seed)
-    trained = Trained(lab, lora_runs.own(lab), kind)
-    after = lora_runs.after(lab, trained.subject, kind)
+    trained = Trained(lab, own, Run(NF4_DQ, tables34.RATES["own"], seed))
+    after = lora_runs.after(lab, own, trained.run)
     return {"after": after["held_out"], MERGED: trained.study(f"{MERGED} own", _merge)}
 
 
